@@ -1,0 +1,302 @@
+"""What the user wrote → one resolved method: a tuner, and plugins in order that fit it and each other.
+
+Everything here happens before a base model loads, so every error is cheap.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from . import registry
+from .errors import MethodError, PluginError
+from .plugin import NEEDS, Param, Plugin
+from .registry import CORE_TUNERS, VARIANTS, Entry
+from .settings import check_types, make
+from .stages import Stage
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+    from .layers import Layers
+    from .proof import Row
+    from .tasks import Task
+    from .timeline import Change
+
+
+@dataclass(frozen=True)
+class Tuner:
+    """What is trained: a name, and for PEFT's tuners their config.
+
+    Attributes:
+        name: `full`, `linear_probe`, or the lower-case PeftType.
+        config: a copy of the user's PEFT config, or one made from settings; None for `full` and `linear_probe`.
+        origin: distribution and version, for messages.
+    """
+
+    name: str
+    config: PeftConfig | None = None
+    origin: str = ""
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether its parameters sit in the model's blocks. Prompts sit before them, a probe above them."""
+        return self.name != "linear_probe" and not getattr(self.config, "is_prompt_learning", False)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A tuner (None when the user named none) and plugins, in the order in which they act."""
+
+    tuner: Tuner | None
+    plugins: tuple[Plugin, ...]
+    origins: Mapping[str, str]
+
+
+@dataclass
+class Plan:
+    """How one model trains: what hangs on it as `model.peft_plus`.
+
+    Attributes:
+        tuner: name of the tuner.
+        plugins: the plugins, in order; copies of the user's objects, so that state belongs to this model.
+        origins: plugin name → distribution and version.
+        task: the task.
+        layers: depth of every parameter.
+        params: name → Param of every parameter that may ever train.
+        stages: the stages to run.
+        quantization: `nf4`, `int8`, another scheme's name, or None.
+        base: name or path, class and fingerprint of the base model, for `peft_plus.json`.
+        timeline: filled while training: who trained when.
+        engagement: filled after training: stage → what each group declared and did.
+    """
+
+    tuner: str
+    plugins: tuple[Plugin, ...]
+    origins: Mapping[str, str]
+    task: Task
+    layers: Layers
+    params: Mapping[str, Param]
+    stages: tuple[Stage, ...]
+    quantization: str | None = None
+    base: Mapping[str, Any] = field(default_factory=dict)
+    timeline: list[Change] = field(default_factory=list)
+    engagement: dict[str, list[Row]] = field(default_factory=dict)
+
+    def active(self, stage: Stage) -> tuple[Plugin, ...]:
+        """The plugins at work in a stage."""
+        return tuple(p for p in self.plugins if stage.plugins is None or p.name in stage.plugins)
+
+
+def resolve(method: Any, loose: Mapping[str, Any] | None = None) -> Method:
+    """Turn a method as the user wrote it into tuner and plugins.
+
+    Args:
+        method: a name; a PEFT config or plugin object; a list of those; or a mapping name → settings.
+        loose: settings given as keyword arguments; only with a single name.
+    Raises:
+        MethodError: unknown name or setting, two tuners, a plugin twice, conflicting plugins.
+        PluginError: a named plugin does not import or breaks the contract.
+    """
+    tuners: list[Tuner] = []
+    plugins: list[Plugin] = []
+    origins: dict[str, str] = {}
+    for item, settings in _items(method, dict(loose or {})):
+        made, origin = _build(item, settings)
+        if isinstance(made, Tuner):
+            tuners.append(made)
+        else:
+            if made.name in origins:
+                raise MethodError(f"The plugin {made.name!r} is named twice; give it once, with its settings.")
+            plugins.append(made)
+            origins[made.name] = origin
+    if len(tuners) > 1:
+        names = " and ".join(repr(t.name) for t in tuners)
+        raise MethodError(f"A model has at most one tuner, but the method names {names}. Keep one of them.")
+    _check_conflicts(plugins, origins)
+    return Method(tuners[0] if tuners else None, _ordered(plugins), origins)
+
+
+def check_needs(plugins: Sequence[Plugin], origins: Mapping[str, str], tuner: Tuner, task: Task) -> None:
+    """Raise MethodError where a plugin needs what this tuner or task does not have. Needs no model."""
+    for plugin in plugins:
+        for need in plugin.needs:
+            if need not in NEEDS:
+                raise PluginError(f"{_who(plugin, origins)} needs {need!r}, which peft_plus does not know: {list(NEEDS)}.")
+            if need == "layers" and not tuner.by_layer:
+                raise MethodError(
+                    f"{_who(plugin, origins)} needs {NEEDS['layers']}; {tuner.name!r} has none: it trains only "
+                    f"{'the head' if tuner.name == 'linear_probe' else 'its prompt'}. Drop the plugin, or use a tuner "
+                    "that works in every block, e.g. 'lora' or 'full'."
+                )
+            if need == "body" and tuner.name == "linear_probe":
+                raise MethodError(
+                    f"{_who(plugin, origins)} needs {NEEDS['body']}; 'linear_probe' trains the head alone. Drop the plugin, or "
+                    "use a tuner such as 'lora' or 'full'."
+                )
+            if need == "new_head" and not task.new_head:
+                raise MethodError(
+                    f"{_who(plugin, origins)} needs {NEEDS['new_head']}; the task {task.name or 'of this model'!r} keeps the "
+                    "pretrained head. Drop the plugin, or use a task such as 'SEQ_CLS'."
+                )
+
+
+def plan_stages(plugins: Sequence[Plugin], origins: Mapping[str, str]) -> tuple[Stage, ...]:
+    """Let every plugin change the plan of stages, in order; one plain stage where none does."""
+    stages: tuple[Stage, ...] = (Stage(),)
+    for plugin in plugins:
+        if "plan_stages" not in plugin.hooks():
+            continue
+        stages = tuple(plugin.plan_stages(stages))
+        if not stages or not all(isinstance(s, Stage) for s in stages):
+            raise PluginError(f"{_who(plugin, origins)} returned {stages!r} from plan_stages; expected Stages, at least one.")
+    names = [s.name for s in stages]
+    if len(set(names)) < len(names):
+        raise PluginError(f"Two stages of the plan have one name: {names}. Each plugin that adds stages names its own.")
+    return stages
+
+
+def _items(method: Any, loose: dict[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
+    """The method as pairs of (name or object, settings)."""
+    if isinstance(method, str):
+        return [(method, loose)]
+    if loose:
+        as_mapping = "{" + ", ".join(f"'{_label(item)}': {{…}}" for item in _names(method)) + "}"
+        raise MethodError(
+            f"The settings {', '.join(sorted(loose))} go with one named method, but the method is a "
+            f"{type(method).__name__}. Write them into a mapping, method={as_mapping}, or into the objects."
+        )
+    if isinstance(method, Mapping):
+        pairs: list[tuple[Any, dict[str, Any]]] = []
+        for name, settings in method.items():
+            if not isinstance(name, str):
+                raise MethodError(f"The keys of a method mapping are names; {name!r} is a {type(name).__name__}.")
+            if settings is not None and not isinstance(settings, Mapping):
+                raise MethodError(f"The settings of {name!r} are {settings!r}; expected a mapping such as {{'{name}': {{…}}}}.")
+            pairs.append((name, dict(settings or {})))
+        if not pairs:
+            raise MethodError("The method is empty: name a tuner, e.g. method='lora'.")
+        return pairs
+    if isinstance(method, (list, tuple)):
+        if not method:
+            raise MethodError("The method is empty: name a tuner, e.g. method='lora'.")
+        return [(item, {}) for item in method]
+    return [(method, {})]
+
+
+def _build(item: Any, settings: dict[str, Any]) -> tuple[Tuner | Plugin, str]:
+    if isinstance(item, str):
+        entry = registry.find(item, ("tuner", "plugin"))
+        if entry.kind == "plugin":
+            cls = registry.load(entry)
+            return make(cls, settings, f"plugin {item!r} ({entry.origin})"), entry.origin
+        return _named_tuner(entry, settings), entry.origin
+    if isinstance(item, Plugin):
+        return _copied_plugin(item), _origin_of(item)
+    if isinstance(item, type) and issubclass(item, Plugin):
+        raise MethodError(f"{item.__name__} is a class; the method takes its object: {item.__name__}().")
+    from peft import PeftConfig
+
+    if isinstance(item, PeftConfig):
+        # PEFT's own code appends to the config that it is given; the user's object stays as it was.
+        name = getattr(item.peft_type, "value", str(item.peft_type)).lower()
+        return Tuner(name, copy.deepcopy(item), "peft"), "peft"
+    raise MethodError(
+        f"{item!r} ({type(item).__name__}) is no method: give a name, a PEFT config, a plugin object, or a list or "
+        "mapping of them."
+    )
+
+
+def _named_tuner(entry: Entry, settings: dict[str, Any]) -> Tuner:
+    if entry.name in CORE_TUNERS and not entry.target:
+        if settings:
+            raise MethodError(f"{entry.name!r} has no settings, but {', '.join(sorted(settings))} was given.")
+        return Tuner(entry.name, None, entry.origin)
+    if entry.target:
+        config_class = registry.load(entry)
+    else:
+        name, fixed, _ = VARIANTS.get(entry.name, (entry.name, {}, ""))
+        clash = sorted(k for k, v in fixed.items() if settings.get(k, v) != v)
+        if clash:
+            raise MethodError(f"{entry.name!r} means {name!r} with {dict(fixed)}; {clash[0]}={settings[clash[0]]!r} undoes it.")
+        settings = {**settings, **fixed}
+        config_class = _peft_config_class(name)
+        entry = Entry(name, "tuner", entry.distribution, entry.version)
+    if issubclass(config_class, _prompt_learning()):
+        # PEFT has no default and fails later on None; 20 is what its own examples use.
+        settings.setdefault("num_virtual_tokens", 20)
+    return Tuner(entry.name, make(config_class, settings, f"tuner {entry.name!r} ({entry.origin})"), entry.origin)
+
+
+def _peft_config_class(name: str) -> type[Any]:
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
+
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType[name.upper()])
+    if config_class is None:
+        raise MethodError(f"The installed peft lists {name!r} but has no config for it; update peft.")
+    return config_class
+
+
+def _prompt_learning() -> type[Any]:
+    from peft import PromptLearningConfig
+
+    return PromptLearningConfig
+
+
+def _copied_plugin(plugin: Plugin) -> Plugin:
+    registry.check_plugin_class(type(plugin))
+    check_types(type(plugin), plugin.settings(), f"plugin {plugin.name!r}")
+    try:
+        json.dumps(plugin.settings())
+    except TypeError as error:
+        raise MethodError(f"plugin {plugin.name!r}: settings must be plain values, to be saved with the model: {error}") from error
+    return copy.deepcopy(plugin)
+
+
+def _origin_of(plugin: Plugin) -> str:
+    """Which distribution an object's class came from, where its name is registered; else its module."""
+    entry = registry.entries("plugin").get(plugin.name)
+    here = f"{type(plugin).__module__}:{type(plugin).__qualname__}"
+    return entry.origin if entry and entry.target == here else type(plugin).__module__
+
+
+def _check_conflicts(plugins: Sequence[Plugin], origins: Mapping[str, str]) -> None:
+    for plugin in plugins:
+        for other in plugins:
+            if other.name in plugin.conflicts:
+                raise MethodError(
+                    f"{_who(plugin, origins)} and {_who(other, origins)} cannot run together: {plugin.name!r} declares the "
+                    "conflict. Drop one of them."
+                )
+
+
+def _ordered(plugins: Sequence[Plugin]) -> tuple[Plugin, ...]:
+    """The user's order, changed only as far as `after` demands."""
+    waiting, ordered = list(plugins), []
+    while waiting:
+        for plugin in waiting:
+            if not any(other.name in plugin.after for other in waiting if other is not plugin):
+                waiting.remove(plugin)
+                ordered.append(plugin)
+                break
+        else:
+            raise MethodError(f"The plugins {[p.name for p in waiting]} each want to come after another of them.")
+    return tuple(ordered)
+
+
+def _who(plugin: Plugin, origins: Mapping[str, str]) -> str:
+    return f"plugin {plugin.name!r} ({origins.get(plugin.name, type(plugin).__module__)})"
+
+
+def _names(method: Any) -> list[Any]:
+    return list(method) if isinstance(method, (list, tuple, Mapping)) else [method]
+
+
+def _label(item: Any) -> str:
+    if isinstance(item, str):
+        return item
+    name = getattr(item, "name", None) or getattr(getattr(item, "peft_type", None), "value", type(item).__name__)
+    return str(name).lower()

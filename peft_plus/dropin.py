@@ -1,0 +1,60 @@
+"""`import peft_plus as peft`: PEFT's submodules under our name, as the same module objects."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+_OURS, _THEIRS = "peft_plus", "peft"
+
+
+class _Alias:
+    """Finds `peft_plus.x.y` as `peft.x.y` where this package has no such module itself.
+
+    A finder and loader by their methods alone: the abstract classes of `importlib.abc` cost 25 ms to import.
+    """
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if not fullname.startswith(_OURS + "."):
+            return None
+        theirs = _THEIRS + fullname.removeprefix(_OURS)
+        try:
+            if importlib.util.find_spec(theirs) is None:
+                return None
+        except ModuleNotFoundError:  # PEFT has no such parent either
+            return None
+        return ModuleSpec(fullname, self)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = importlib.import_module(_THEIRS + spec.name.removeprefix(_OURS))
+        spec.loader_state = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        # The import system has just written the alias's spec into PEFT's module; give it back its own.
+        if module.__spec__ is not None:
+            module.__spec__ = module.__spec__.loader_state
+
+
+def install() -> None:
+    """Make `import peft_plus.tuners.lora` give `peft.tuners.lora`. Asked last, so our own modules come first."""
+    if not any(isinstance(finder, _Alias) for finder in sys.meta_path):
+        sys.meta_path.append(_Alias())
+
+
+def peft_names() -> list[str]:
+    """What `peft` exports, read from its source without importing it."""
+    import ast  # not at the top: only star imports and dir() need it
+    from pathlib import Path
+
+    spec = importlib.util.find_spec(_THEIRS)
+    if spec is None or not spec.origin:
+        return []
+    for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets):
+            return list(ast.literal_eval(node.value))
+    return []

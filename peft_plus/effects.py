@@ -1,0 +1,245 @@
+"""The one owner of effects: the only code that sets `requires_grad` and learning rates.
+
+Plugins declare, this applies. Three rules keep it exact:
+- the optimizer is built over every parameter that may ever train, and only afterwards is anything frozen, so that a
+  layer thawed later moves;
+- freezing is `requires_grad_(False)` with `grad = None`, at an update boundary: weight decay and momentum of a zero
+  gradient would still move a weight;
+- a scaled rate stands in a group only during `optimizer.step()`, so schedulers never compound it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from .compose import Plan
+from .errors import MethodError, PluginError
+from .plugin import Param, Run
+from .stages import Stage
+from .timeline import Change, Group
+
+logger = logging.getLogger(__name__)
+
+
+class Effects:
+    """Applies a plan's declarations to one model during one stage.
+
+    Args:
+        model: the model as built, not wrapped.
+        plan: what hangs on it.
+        stage: the stage that will run.
+    Raises:
+        MethodError: the model's trainable parameters are no longer those that the plan knows.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, stage: Stage) -> None:
+        self.plan, self.stage = plan, stage
+        plugins = plan.active(stage)
+        self._gates = [p for p in plugins if "may_train" in p.hooks()]
+        self._rates = [p for p in plugins if "lr_scale" in p.hooks()]
+        self._foresight = all("next_change" in p.hooks() for p in self._gates)
+        tensors = dict(model.named_parameters())
+        _check_unchanged(tensors, plan.params)
+        self._frozen = [t for n, t in tensors.items() if n in plan.params and not self._in_stage(plan.params[n])]
+        self._tensors = {n: tensors[n] for n, p in plan.params.items() if self._in_stage(p)}
+        self._by_id = {id(t): plan.params[n] for n, t in self._tensors.items()}
+        self._wanted: dict[str, bool] = {}
+        self._next: int | None = 0
+        if not self._tensors:
+            raise MethodError(
+                f"The stage {stage.name!r} trains only the head, but the tuner {plan.tuner!r} left no head trainable."
+            )
+
+    def _in_stage(self, param: Param) -> bool:
+        return self.stage.train == "all" or param.part == "head"
+
+    @property
+    def flips(self) -> bool:
+        """Whether anything may be frozen or thawed while this stage runs."""
+        return bool(self._gates)
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """The depths at which something may train, from the top down."""
+        return tuple(sorted({self.plan.params[n].depth for n in self._tensors}, reverse=True))
+
+    @property
+    def tensors(self) -> Mapping[str, nn.Parameter]:
+        """Name → parameter of all that may train in this stage."""
+        return self._tensors
+
+    def open(self) -> None:
+        """Let everything train that ever may in this stage: before the optimizer is made and the model wrapped."""
+        for tensor in self._frozen:
+            _set_trainable(tensor, False)
+        for tensor in self._tensors.values():
+            _set_trainable(tensor, True)
+
+    def close(self) -> None:
+        """After the stage: every parameter of the plan trainable again, as `get_model` left it."""
+        for tensor in (*self._frozen, *self._tensors.values()):
+            _set_trainable(tensor, True)
+
+    def group(self, optimizer: Optimizer, *, scheduled: bool = False) -> None:
+        """Split the optimizer's groups so that each holds one learning rate, keeping all their options.
+
+        Args:
+            optimizer: a fresh optimizer, over at least the parameters of this stage.
+            scheduled: whether a scheduler was already made for its groups; then they cannot be split any more.
+        Raises:
+            MethodError: a parameter that may train is not in the optimizer, or its groups cannot be scaled.
+        """
+        held = {id(t) for group in optimizer.param_groups for t in group["params"]}
+        missing = [n for n, t in self._tensors.items() if id(t) not in held]
+        if missing:
+            raise MethodError(
+                f"{len(missing)} parameters may train but are not in the optimizer, e.g. {missing[0]!r}: it was made "
+                "while they were frozen, so they would never move. Let the Trainer make the optimizer (pass "
+                "optimizer_cls_and_kwargs instead of optimizers), or make it from all of model.parameters()."
+            )
+        if not self._rates:
+            return
+        groups = [part for group in optimizer.param_groups for part in self._split(group)]
+        if scheduled and len(groups) != len(optimizer.param_groups):
+            raise MethodError(
+                f"{self._rates[0].name!r} sets a rate for each layer, but the learning-rate scheduler was already made for "
+                "the optimizer's groups. Pass optimizers=(optimizer, None), or let the Trainer make both."
+            )
+        optimizer.param_groups[:] = groups
+
+    def _split(self, group: dict[str, Any]) -> list[dict[str, Any]]:
+        parts: dict[Any, list[nn.Parameter]] = {}
+        for tensor in group["params"]:
+            param = self._by_id.get(id(tensor))
+            key = tuple(p.lr_key(param) for p in self._rates) if param else None
+            parts.setdefault(key, []).append(tensor)
+        return [{**group, "params": tensors} for tensors in parts.values()]
+
+    def apply(self, run: Run) -> bool:
+        """Freeze and thaw as the plugins say for `run.step`. Call at each update boundary; returns whether it changed.
+
+        Also undoes what others did to the flags meanwhile (PEFT resets them whenever adapters are switched).
+        """
+        if not self._wanted or not self._foresight or (self._next is not None and run.step >= self._next):
+            wanted = {name: self._asks(run, self.plan.params[name]) for name in self._tensors}
+            self._next = self._earliest_change(run)
+        else:
+            wanted = self._wanted
+        for name, tensor in self._tensors.items():
+            if tensor.requires_grad != wanted[name]:
+                _set_trainable(tensor, wanted[name])
+        changed = wanted != self._wanted
+        if changed:
+            self._wanted = wanted
+            self.plan.timeline.append(Change(self.stage.name, run.step, run.max_steps, frozenset(self.groups(wanted.__getitem__))))
+        return changed
+
+    def _asks(self, run: Run, param: Param) -> bool:
+        answers = [plugin.may_train(run, param) for plugin in self._gates]
+        for plugin, answer in zip(self._gates, answers, strict=True):
+            if not isinstance(answer, bool):
+                raise PluginError(f"plugin {plugin.name!r}: may_train returned {answer!r} for {param.name}; expected a bool.")
+        return all(answers)
+
+    def _earliest_change(self, run: Run) -> int | None:
+        steps = [s for s in (p.next_change(run) for p in self._gates) if s is not None]
+        if any(s <= run.step for s in steps):
+            raise PluginError(f"A plugin's next_change answered {min(steps)} at step {run.step}; it must lie ahead.")
+        return min(steps, default=None)
+
+    def never_trained(self, run: Run) -> set[Group]:
+        """The groups that no step of this stage will train, as far as the plugins can tell ahead."""
+        if not self._foresight:
+            return set()
+        ahead, never = dataclasses.replace(run), self.groups()
+        step: int | None = run.step
+        while step is not None and step < max(run.max_steps, 1) and never:
+            ahead.step = step
+            never -= self.groups(lambda name: self._asks(ahead, self.plan.params[name]))
+            step = self._earliest_change(ahead)
+        return never
+
+    def groups(self, trains: Callable[[str], bool] = lambda _: True) -> set[Group]:
+        """The (depth, part) of the parameters for which `trains(name)` holds."""
+        return {(self.plan.params[n].depth, self.plan.params[n].part) for n in self._tensors if trains(n)}
+
+    def trains(self, name: str) -> bool:
+        """Whether a parameter trains at the current step."""
+        return self._wanted.get(name, False)
+
+    def drop_frozen_gradients(self) -> None:
+        """Just before the update: no frozen tensor may hold a gradient, however it got one."""
+        for name, tensor in self._tensors.items():
+            if not self.trains(name):
+                tensor.grad = None
+
+    def scale_rates(self, optimizer: Optimizer, run: Run) -> Callable[[], None]:
+        """Put the plugins' rates into the groups for one update; the returned function puts the old ones back.
+
+        Raises:
+            MethodError: a group has no learning rate to scale (Adafactor with relative steps).
+            PluginError: a plugin answered with something that is no factor ≥ 0.
+        """
+        if not self._rates:
+            return lambda: None
+        before = [(group, group["lr"]) for group in optimizer.param_groups]
+        for group, rate in before:
+            param = self._by_id.get(id(group["params"][0])) if group["params"] else None
+            if param is None:
+                continue
+            if rate is None:
+                raise MethodError(
+                    f"{self._rates[0].name!r} scales the learning rate, but the optimizer computes its own (lr=None): set "
+                    "relative_step=False and a learning rate."
+                )
+            # Not in place: capturable optimizers keep the rate in a tensor that the scheduler still holds.
+            group["lr"] = rate * self.scale(run, param)
+
+        def restore() -> None:
+            for group, rate in before:
+                group["lr"] = rate
+
+        return restore
+
+    def scale(self, run: Run, param: Param) -> float:
+        """The product of all plugins' multipliers for one parameter."""
+        product = 1.0
+        for plugin in self._rates:
+            factor = plugin.lr_scale(run, param)
+            if not (isinstance(factor, (int, float)) and math.isfinite(factor) and factor >= 0):
+                raise PluginError(f"plugin {plugin.name!r}: lr_scale returned {factor!r} for {param.name}; expected ≥ 0.")
+            product *= factor
+        return product
+
+
+def trainable_names(model: nn.Module) -> list[str]:
+    """Names of the parameters that train as the model stands."""
+    return [name for name, tensor in model.named_parameters() if tensor.requires_grad]
+
+
+def _set_trainable(tensor: torch.Tensor, trains: bool) -> None:
+    tensor.requires_grad_(trains)
+    if not trains:
+        tensor.grad = None
+
+
+def _check_unchanged(tensors: Mapping[str, nn.Parameter], params: Mapping[str, Param]) -> None:
+    """Raise where somebody changed what trains behind the plan's back: going on would undo it silently."""
+    fix = "Call peft_plus.attach(model, …) after the change, so that the plan knows it."
+    gone = [name for name in params if name not in tensors]
+    if gone:
+        raise MethodError(f"{len(gone)} parameters of the plan are no longer in the model, e.g. {gone[0]!r}. {fix}")
+    added = [n for n, t in tensors.items() if t.requires_grad and n not in params]
+    if added:
+        raise MethodError(f"{len(added)} parameters were made trainable after the plan, e.g. {added[0]!r}. {fix}")
+    frozen = [name for name in params if not tensors[name].requires_grad]
+    if frozen:
+        raise MethodError(f"{len(frozen)} parameters of the plan were frozen by hand, e.g. {frozen[0]!r}. {fix}")

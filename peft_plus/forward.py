@@ -1,0 +1,74 @@
+"""A second pass of the model, perturbed where a plugin asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .layers import transformers_model
+
+_LABELS = ("labels", "start_positions", "end_positions", "shift_labels")
+
+
+def second_pass(model: nn.Module, batch: Mapping[str, Any], perturb: Mapping[str, Tensor | Callable[[Tensor], Tensor]]) -> Any:
+    """Run `model` over `batch` again, adding noise inside. See `Run.forward`."""
+    unknown = sorted(set(perturb) - {"embeddings"})
+    if unknown:
+        raise ValueError(f"There is no place called {unknown[0]!r} to perturb; known: 'embeddings'.")
+    kwargs = _without_labels(model, batch)
+    if not perturb:
+        return model.forward(**kwargs)
+    noise = _Noise(perturb["embeddings"])
+    handle = _embeddings(model).register_forward_hook(noise)
+    try:
+        # `forward`, not `__call__`: Accelerate's autocast wraps `forward`, and hooks of the first pass must not run twice.
+        output = model.forward(**kwargs)
+    finally:
+        handle.remove()
+    if not noise.used:
+        raise ValueError(
+            "The input embeddings never ran in this pass, so there was nothing to perturb: the batch gives `inputs_embeds` "
+            "itself. Give `input_ids`."
+        )
+    return output
+
+
+class _Noise:
+    """A forward hook that adds δ to a module's output, in fp32."""
+
+    def __init__(self, delta: Tensor | Callable[[Tensor], Tensor]) -> None:
+        self._delta = delta
+        self.used = False
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        self.used = True
+        delta = self._delta if isinstance(self._delta, Tensor) else self._delta(output)
+        if delta.shape != output.shape:
+            raise ValueError(f"δ has shape {tuple(delta.shape)}, the embeddings {tuple(output.shape)}.")
+        noised = (output.float() + delta.float()).to(output.dtype)
+        if output.dtype in (torch.bfloat16, torch.float16) and bool(delta.any()) and torch.equal(noised, output):
+            raise ValueError(
+                f"Noise of size {float(delta.abs().max()):.1e} vanishes in {output.dtype} embeddings. Load the model in fp32 "
+                "and train with bf16=True (autocast), or use larger noise."
+            )
+        return noised
+
+
+def _embeddings(model: nn.Module) -> nn.Module:
+    base = transformers_model(model)
+    getter = getattr(base, "get_input_embeddings", None)
+    module = getter() if getter else None
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"{type(base).__name__} has no input embeddings to perturb.")
+    return module
+
+
+def _without_labels(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop the labels: the second pass needs no loss. An encoder-decoder makes its decoder's input from them."""
+    config = getattr(transformers_model(model), "config", None)
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" not in batch:
+        return dict(batch)
+    return {name: value for name, value in batch.items() if name not in _LABELS}

@@ -1,0 +1,365 @@
+"""The bridge to `transformers.Trainer` and its subclasses: the only file that imports a Trainer."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainingArguments
+
+from . import losses, proof
+from .checkpoint import THAWED, load_thawed
+from .compose import Plan
+from .effects import Effects
+from .errors import EngagementError, MethodError
+from .layers import transformers_model
+from .losses import StepTotals
+from .plugin import LossTerm, Run
+from .stages import Stage
+from .tasks import infer_task
+from .timeline import label
+
+logger = logging.getLogger(__name__)
+
+
+class Bridge:
+    """What `with_plugins` puts in front of a Trainer class. Its methods only hand events and losses to the core."""
+
+    stage: Stage | None = None
+    _effects: Effects | None = None
+    _watch: proof.Engagement | None = None
+    _totals: StepTotals | None = None
+    _rank_offset: int = 0
+    _seen: int = 0
+    _in_step: bool = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        plan, model = _plan_in(args, kwargs)
+        if plan is not None:
+            _check_arguments(plan, _argument(TrainingArguments, args, kwargs), model)
+            _fill_collator(plan, args, kwargs)
+        super().__init__(*args, **kwargs)
+        self._task = plan.task if plan else infer_task(self.model)
+        self._owns_loss = _first_definition(type(self), "compute_loss") is transformers.Trainer
+        if not _scales_by_items(self.model):
+            # transformers#47688: the model takes **kwargs but ignores num_items_in_batch, so its mean loss would count
+            # once per micro-batch and per process.
+            self.model_accepts_loss_kwargs = False
+        self._means: dict[str, list[Tensor]] = {}
+        self.add_callback(_Events(self))
+
+    # ---- the life of a run -------------------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        plan = plan_of(self.model)
+        if plan and self.stage is None and len(plan.stages) > 1:
+            raise MethodError(
+                f"This method runs in {len(plan.stages)} stages ({', '.join(s.name for s in plan.stages)}), one Trainer each: "
+                "call peft_plus.fit(model, args, train_dataset=…) instead of Trainer.train()."
+            )
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self._effects is not None:
+                self._effects.close()
+                self._effects = None
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        plan = plan_of(self.model)
+        if plan is None:
+            return super().create_optimizer(*args, **kwargs)
+        self._effects = Effects(self.model, plan, self.stage or plan.stages[0])
+        self._effects.open()
+        optimizer = super().create_optimizer(*args, **kwargs)
+        self._effects.group(optimizer, scheduled=self.lr_scheduler is not None)
+        return optimizer
+
+    def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
+        values = super().set_initial_training_values(*args, **kwargs)
+        self._steps_per_epoch = values[1]
+        return values
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if (Path(resume_from_checkpoint) / THAWED).is_file():
+            load_thawed(model or self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        # The best checkpoint may be older than a layer's thawing: prove first, then load.
+        self._prove()
+        super()._load_best_model()
+        if (Path(self.state.best_model_checkpoint) / THAWED).is_file():
+            load_thawed(self.model, self.state.best_model_checkpoint)
+
+    # ---- events, called by _Events -----------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        if self._effects is None:
+            return
+        plan = self._effects.plan
+        self._run = Run(
+            model=self.model,
+            task=plan.task,
+            num_blocks=plan.layers.num_blocks,
+            depths=self._effects.depths,
+            stages=plan.stages,
+            stage=self._effects.stage,
+            step=self.state.global_step,
+            max_steps=self.state.max_steps,
+            steps_per_epoch=self._steps_per_epoch,
+            optimizer=self.optimizer,
+            base_lr=self.args.learning_rate,
+            seed=self.args.seed,
+        )
+        params = plan.params
+        self._watch = proof.Engagement(
+            dict(self.model.named_parameters()),
+            lambda name: (params[name].depth, params[name].part) if name in params else None,
+        )
+        never = self._effects.never_trained(self._run)
+        if never:
+            names = ", ".join(label(g, plan.layers.num_blocks) for g in sorted(never, reverse=True))
+            logger.warning("In these %d steps the schedule never trains: %s.", self.state.max_steps, names)
+        self._effects.apply(self._run)
+
+    def _step_begin(self) -> None:
+        if self._effects is not None:
+            self._run.step, self._seen = self.state.global_step, 0
+            self._effects.apply(self._run)
+
+    def _before_update(self) -> None:
+        if self._effects is None:
+            return
+        self._effects.drop_frozen_gradients()
+        self._restore_rates = self._effects.scale_rates(self.optimizer, self._run)
+        if any(group["lr"] is None or float(group["lr"]) > 0 for group in self.optimizer.param_groups):
+            assert self._watch is not None
+            self._watch.count(name for name in self._effects.tensors if self._effects.trains(name))
+
+    def _after_update(self) -> None:
+        if self._effects is not None:
+            self._restore_rates()
+
+    def _prove(self) -> None:
+        """Compare what was declared with what moved; on a contradiction save the work, then raise."""
+        if self._effects is None or self._watch is None:
+            return
+        watch, self._watch = self._watch, None
+        plan = self._effects.plan
+        rows, strays = watch.finish()
+        plan.engagement[self._effects.stage.name] = rows
+        logger.info("What trained in stage %r:\n%s", self._effects.stage.name, proof.table(rows, plan.layers.num_blocks))
+        try:
+            proof.check(rows, strays, plan.layers.num_blocks)
+        except EngagementError as error:
+            folder = Path(self.args.output_dir) / "unproven"
+            self.save_model(str(folder))
+            raise EngagementError(f"{error} The weights as they are were saved in {str(folder)!r}.") from None
+
+    # ---- the loss ----------------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        samples, items = super().get_batch_samples(*args, **kwargs)
+        self._totals = self._count(samples)
+        return samples, items
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._in_step = True
+        try:
+            return super().training_step(*args, **kwargs)
+        finally:
+            self._in_step = False
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        if not self._in_step or self._totals is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch, **kwargs)
+        batch = dict(inputs)
+        loss, output = super().compute_loss(model, inputs, True, num_items_in_batch=num_items_in_batch, **kwargs)
+        scaled = self._already_scaled(num_items_in_batch)
+        # What the Trainer will divide by after this method; undone here, since every part below is scaled exactly.
+        divisor = 1.0 if scaled else float(self.current_gradient_accumulation_steps)
+        if self._owns_loss and not scaled:
+            loss = self._exact(loss, batch, output) * divisor
+        for term in self._terms(batch, output).values():
+            loss = loss + losses.contribution(term, self._totals) * divisor
+        return (loss, output) if return_outputs else loss
+
+    def _exact(self, loss: Tensor, batch: Mapping[str, Any], output: Any) -> Tensor:
+        """The task's mean over this micro-batch, rescaled to its share of the mean over the whole step."""
+        assert self._totals is not None
+        count = float(self._task.count(batch))
+        if count == 0:  # the mean over nothing is NaN; its share of the step is nothing
+            return self._task.loss(output, batch).sum
+        # The share first: with one micro-batch it is exactly 1 and the loss stays what it was, bit for bit.
+        return loss * (count * self._totals.processes / float(self._totals.labels))
+
+    def _terms(self, batch: Mapping[str, Any], output: Any) -> dict[str, LossTerm]:
+        if self._effects is None:
+            return {}
+        plugins = [p for p in self._effects.plan.active(self._effects.stage) if "loss_terms" in p.hooks()]
+        if not plugins:
+            return {}
+        self._run.batch, self._run.first_example = batch, self._rank_offset + self._seen
+        terms = losses.collect(plugins, self._run, batch, output)
+        self._seen += _rows(batch) * self.accelerator.num_processes
+        for name, term in terms.items():
+            self._means.setdefault(name, []).append(losses.mean(term))
+        return terms
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            for name, values in self._means.items():
+                logs[name] = round(float(torch.stack(values).mean()), 6)
+            self._means.clear()
+            if self._effects is not None:
+                logs.update(self._run.logged)
+                self._run.logged.clear()
+        super().log(logs, *args, **kwargs)
+
+    def _already_scaled(self, num_items_in_batch: Any) -> bool:
+        """Whether the Trainer will leave the loss as it is; the same rule as its own, which it applies afterwards."""
+        if self.loss_is_scaled_for_ga is not None:
+            return bool(self.loss_is_scaled_for_ga)
+        return (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func is not None
+
+    def _count(self, samples: list[Any]) -> StepTotals | None:
+        """Labels and rows of the whole optimizer step, over all micro-batches and processes."""
+        if not samples or not all(isinstance(batch, Mapping) for batch in samples):
+            return None
+        labels = sum((torch.as_tensor(self._task.count(b)).cpu() for b in samples), start=torch.tensor(0))
+        rows = torch.tensor([_rows(batch) for batch in samples])
+        counts = torch.stack([labels.double(), rows.sum().double()])
+        processes = self.accelerator.num_processes
+        self._rank_offset = 0
+        if processes > 1:
+            counts = self.accelerator.reduce(counts.to(self.args.device), "sum").cpu()
+            self._rank_offset = self.accelerator.process_index * int(rows[0])
+        return StepTotals(counts[0].to(torch.float32), counts[1].to(torch.float32), len(samples), processes)
+
+
+class _Events(TrainerCallback):
+    """Hands the Trainer's events to the bridge. Added last, so that it runs after the user's callbacks."""
+
+    def __init__(self, trainer: Bridge) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self._trainer._begin()
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._trainer._step_begin()
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self._trainer._before_update()
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self._trainer._after_update()
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self._trainer._prove()
+
+
+@lru_cache(maxsize=None)
+def with_plugins(trainer_class: type[Any]) -> type[Any]:
+    """A subclass of any Trainer class that runs the plans of our models.
+
+    ```python
+    SFT = with_plugins(trl.SFTTrainer)
+    ```
+    A model without a plan trains as ever, except that its loss is scaled exactly under gradient accumulation.
+
+    Raises:
+        TypeError: it is no subclass of `transformers.Trainer`.
+    """
+    if not (isinstance(trainer_class, type) and issubclass(trainer_class, transformers.Trainer)):
+        raise TypeError(f"with_plugins takes a subclass of transformers.Trainer, not {trainer_class!r}.")
+    if issubclass(trainer_class, Bridge):
+        return trainer_class
+    return type(trainer_class.__name__, (Bridge, trainer_class), {"__module__": trainer_class.__module__, "__doc__": trainer_class.__doc__})
+
+
+class Trainer(Bridge, transformers.Trainer):
+    """`transformers.Trainer` that runs the plan of a model from `get_model`. Same arguments, same methods."""
+
+
+def plan_of(model: Any) -> Plan | None:
+    """The plan that hangs on a model itself (not on one inside it), or None."""
+    plan = vars(model).get("peft_plus") if isinstance(model, nn.Module) else None
+    return plan if isinstance(plan, Plan) else None
+
+
+def _plan_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Plan | None, Any]:
+    model = kwargs.get("model", args[0] if args else None)
+    inner = getattr(model, "_orig_mod", None)
+    if plan_of(inner) is not None:
+        raise MethodError(
+            "The model was wrapped by torch.compile, which hides its plan. Give the Trainer the model itself, and compile with "
+            "TrainingArguments(torch_compile=True)."
+        )
+    return plan_of(model), model
+
+
+def _argument(kind: type[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, kind)), None)
+
+
+def _check_arguments(plan: Plan, args: TrainingArguments | None, model: nn.Module) -> None:
+    """Refuse what could only fail, or be wrong, after the run has begun; set what the plan needs from DDP."""
+    if args is None:
+        return
+    checkpointing = getattr(args, "activation_checkpointing", False) or getattr(args, "gradient_checkpointing", False)
+    if checkpointing and plan.tuner == "prefix_tuning":
+        raise MethodError("prefix_tuning does not work with gradient checkpointing (PEFT's limit): drop one of them.")
+    if args.n_gpu > 1 and plan.plugins:
+        raise MethodError("nn.DataParallel cannot run plugins: start the script with `accelerate launch` instead.")
+    if args.ddp_find_unused_parameters is None and any("may_train" in p.hooks() for p in plan.plugins):
+        # A frozen parameter gets no gradient, and DDP would wait for it for ever.
+        args.ddp_find_unused_parameters = True
+
+
+def _fill_collator(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Without a collator of the user's own, take the task's, with the tokenizer that preprocessed the data."""
+    tokenizer = kwargs.get("processing_class") or plan.task.tokenizer
+    if tokenizer is not None and len(args) < 3 and kwargs.get("data_collator") is None:
+        kwargs["data_collator"] = plan.task.collator(tokenizer)
+
+
+def _rows(batch: Mapping[str, Any]) -> int:
+    return next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim()), 0)
+
+
+def _first_definition(cls: type[Any], method: str) -> type[Any]:
+    """The class after Bridge in the order of resolution that defines `method`."""
+    order = cls.__mro__[cls.__mro__.index(Bridge) + 1 :]
+    return next(base for base in order if method in vars(base))
+
+
+def _scales_by_items(model: nn.Module) -> bool:
+    """Whether the model's own loss really divides by `num_items_in_batch`.
+
+    Only `ForCausalLMLoss`, called by the model's forward through `self.loss_function`, is known to; a model may also say
+    so itself (`accepts_loss_kwargs`).
+    """
+    base = transformers_model(model)
+    declared = getattr(base, "accepts_loss_kwargs", None)
+    if declared is not None:
+        return bool(declared)
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+    causal = LOSS_MAPPING.get(getattr(base, "loss_type", None)) is ForCausalLMLoss
+    encoder_decoder = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+    return causal and not encoder_decoder and "loss_function(" in inspect.getsource(inspect.unwrap(type(base).forward))

@@ -1,0 +1,168 @@
+"""Base models by id or folder: first the config and a weightless skeleton, to refuse early; then the weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .errors import MethodError
+from .layers import find_heads
+from .names import nearest
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig, PretrainedConfig
+
+    from .tasks import Task
+
+SCHEMES = ("nf4", "int8")
+_CONFIG_KWARGS = ("cache_dir", "force_download", "gguf_file", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A base model that is still to be loaded.
+
+    Attributes:
+        name: hub id or folder.
+        config: its config, with the task's settings.
+        auto_class: the AutoModel class that the task picks.
+        skeleton: the model on the meta device: every module, no memory.
+    """
+
+    name: str
+    config: PretrainedConfig
+    auto_class: Any
+    skeleton: nn.Module
+
+
+def open_source(name: str | os.PathLike[str], task: Task, model_kwargs: Mapping[str, Any]) -> Source:
+    """Read the config and build the skeleton; loads no weights.
+
+    Raises:
+        MethodError: the folder does not exist or holds an adapter, or the task does not fit the architecture.
+        OSError: the hub does not know the id or cannot be reached.
+    """
+    from transformers import AutoConfig
+
+    name = os.fspath(name)
+    _check_folder(name)
+    wanted = {k: v for k, v in model_kwargs.items() if k in _CONFIG_KWARGS}
+    config = AutoConfig.from_pretrained(name, **wanted, **task.config_kwargs())
+    auto_class = task.auto_class(config)
+    if type(config) not in auto_class._model_mapping and not wanted.get("trust_remote_code"):
+        fitting = [t for t in _tasks_of(config)]
+        raise MethodError(
+            f"{name!r} is a {config.model_type!r} model, which transformers has no {auto_class.__name__} for, so it cannot "
+            f"do the task {task.name!r}. Tasks it can do: {', '.join(fitting) or 'none'}."
+        )
+    with torch.device("meta"):
+        skeleton = auto_class.from_config(config, trust_remote_code=bool(wanted.get("trust_remote_code")))
+    return Source(name, config, auto_class, skeleton)
+
+
+def load(source: Source, quantization: BitsAndBytesConfig | None, kwargs: Mapping[str, Any]) -> nn.Module:
+    """Load the weights, quantised where asked; k-bit preparation included.
+
+    Args:
+        kwargs: for `from_pretrained`: `device_map`, `dtype` and the user's `model_kwargs`.
+    """
+    extra = dict(kwargs)
+    if quantization is not None:
+        extra["quantization_config"] = quantization
+    model = source.auto_class.from_pretrained(source.name, config=source.config, **extra)
+    if quantization is not None:
+        from peft import prepare_model_for_kbit_training
+
+        # Gradient checkpointing is the Trainer's to switch on (TrainingArguments), not a side effect of quantising.
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return model
+
+
+def quantization_config(quantization: Any, skeleton: nn.Module, dtype: Any) -> BitsAndBytesConfig | None:
+    """What the user asked for as a `BitsAndBytesConfig`, with the task's head left unquantised so that it can train.
+
+    Raises:
+        MethodError: an unknown scheme, or a config object of another kind.
+    """
+    if quantization is None:
+        return None
+    from transformers import BitsAndBytesConfig
+
+    if isinstance(quantization, BitsAndBytesConfig):
+        return quantization
+    if quantization not in SCHEMES:
+        hint = nearest(quantization, SCHEMES) if isinstance(quantization, str) else ""
+        raise MethodError(f"quantization={quantization!r} is unknown.{hint} Give 'nf4', 'int8' or a BitsAndBytesConfig.")
+    skip = list(find_heads(skeleton))
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=_compute_dtype(dtype),
+        llm_int8_skip_modules=skip,
+    )
+
+
+def scheme_of(quantization: BitsAndBytesConfig | None) -> str | None:
+    """`int8`, `nf4` or `fp4`, or None."""
+    if quantization is None:
+        return None
+    return "int8" if quantization.load_in_8bit else str(quantization.bnb_4bit_quant_type)
+
+
+def scheme_of_model(model: nn.Module) -> str | None:
+    """How a loaded model is quantised: `int8`, `nf4`, another scheme's name, or None."""
+    from transformers import BitsAndBytesConfig
+
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if config is None:
+        return None
+    if isinstance(config, BitsAndBytesConfig):
+        return scheme_of(config)
+    return str(getattr(config, "quant_method", type(config).__name__))
+
+
+def _compute_dtype(dtype: Any) -> torch.dtype:
+    """The dtype that 4-bit layers compute in: the user's; else bf16 where the GPU has it, fp32 on a CPU."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if isinstance(dtype, str) and dtype != "auto":
+        return getattr(torch, dtype)
+    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def _check_folder(name: str) -> None:
+    path = Path(name)
+    if path.is_dir():
+        if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+            raise MethodError(
+                f"{name!r} holds a PEFT adapter, not a base model. Reload it with PeftModel.from_pretrained(base, {name!r})."
+            )
+        if not (path / "config.json").is_file() and not any(path.glob("*.gguf")):
+            raise MethodError(f"The folder {name!r} holds no config.json, so it is no model that transformers can load.")
+    elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or not name:
+        raise MethodError(f"The folder {name!r} does not exist.")
+
+
+def _tasks_of(config: PretrainedConfig) -> list[str]:
+    """Names of the core's tasks for which transformers has a model of this architecture."""
+    from .registry import entries, load
+    from .settings import make
+
+    found = []
+    for entry in entries("task").values():
+        if entry.distribution == "peft-plus":
+            cls = load(entry)
+            needs_labels = "num_labels" in cls.__dataclass_fields__ and cls.new_head
+            task = make(cls, {"num_labels": 2} if needs_labels else {}, entry.name)
+            if type(config) in task.auto_class(config)._model_mapping:
+                found.append(entry.name)
+    return found

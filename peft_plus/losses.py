@@ -1,0 +1,84 @@
+"""The exact scale of loss terms: each is divided once, by the whole optimizer step's count.
+
+Σ over micro-batches and processes of `sum`, over Σ of `count`, is what one big batch would give. Dividing each
+micro-batch by its own count instead gives a mean of means, which differs as soon as batches are ragged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import PluginError
+from .plugin import LossTerm, Plugin, Run
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """How much one optimizer step holds, over all its micro-batches and all processes.
+
+    Attributes:
+        labels: labels that the task's loss averages over.
+        examples: rows.
+        micro_batches: of one process.
+        processes: how many share the step; their gradients are averaged afterwards.
+    """
+
+    labels: Tensor | float
+    examples: Tensor | float
+    micro_batches: int
+    processes: int = 1
+
+
+def collect(plugins: Sequence[Plugin], run: Run, batch: Mapping[str, Any], output: Any) -> dict[str, LossTerm]:
+    """Ask each plugin for its terms.
+
+    Raises:
+        PluginError: a name came twice, or a term is no scalar with a gradient-carrying sum.
+    """
+    terms: dict[str, LossTerm] = {}
+    owner: dict[str, str] = {}
+    for plugin in plugins:
+        for name, term in plugin.loss_terms(run, batch, output).items():
+            if name in terms:
+                raise PluginError(f"plugins {owner[name]!r} and {plugin.name!r} both add a loss term called {name!r}.")
+            if not isinstance(term, LossTerm) or not isinstance(term.sum, Tensor) or term.sum.dim() != 0:
+                raise PluginError(
+                    f"plugin {plugin.name!r}: the loss term {name!r} is {_shape(term)}; expected LossTerm(sum=a scalar "
+                    "tensor, count=…)."
+                )
+            terms[name], owner[name] = term, plugin.name
+    return terms
+
+
+def contribution(term: LossTerm, totals: StepTotals) -> Tensor:
+    """What this micro-batch adds to the loss of its optimizer step, to be backpropagated with no further scaling.
+
+    Averaging the gradients of several processes divides by their number, so a sum over processes is multiplied by it
+    first; a `per="step"` term is an average already.
+    """
+    if term.per == "step":
+        return term.sum / totals.micro_batches
+    total = totals.labels if term.per == "label" else totals.examples
+    if isinstance(total, Tensor):
+        total = total.clamp(min=1).to(term.sum.device)
+    else:
+        total = max(total, 1)
+    return term.sum * totals.processes / total
+
+
+def mean(term: LossTerm) -> Tensor:
+    """The term's mean over its own micro-batch, without gradient, for the log."""
+    if term.per == "step":
+        return term.sum.detach()
+    return term.sum.detach() / torch.as_tensor(term.count, device=term.sum.device).clamp(min=1)
+
+
+def _shape(term: Any) -> str:
+    if isinstance(term, LossTerm):
+        return f"LossTerm with sum {tuple(term.sum.shape) if isinstance(term.sum, Tensor) else type(term.sum).__name__}"
+    return type(term).__name__

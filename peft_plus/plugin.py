@@ -1,0 +1,253 @@
+"""The contract: what a plugin declares, and what it is told.
+
+A plugin never acts. It is a keyword-only dataclass whose init fields are its settings; it answers the few
+questions below (the *hooks*), and the core alone sets `requires_grad`, learning rates and the loss. This module
+imports no torch, so that a plugin's settings can be read and checked before anything heavy loads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+    from torch.nn import Module
+    from torch.optim import Optimizer
+
+    from .stages import Stage
+    from .tasks import Task
+
+API = 1
+"""Version of the contract. A plugin written for another version is refused by name, not run by luck."""
+
+Part = Literal["adapter", "base", "head"]
+Unit = Literal["label", "example", "step"]
+
+NEEDS: Mapping[str, str] = {
+    "layers": "trainable parameters in the model's blocks, so that something can be told apart by depth",
+    "body": "something to train beside the head",
+    "new_head": "a task with a freshly initialised head",
+}
+"""What a plugin may put into `needs`, and what each word means."""
+
+
+@dataclass(frozen=True)
+class Param:
+    """One parameter as a plugin sees it.
+
+    Attributes:
+        name: its name in `model.named_parameters()`.
+        shape: its logical shape.
+        depth: 0 = embeddings, 1..L = blocks counted from the input, L + 1 = everything above the last block.
+        part: `adapter` (what the tuner added), `head` (the task's own head) or `base`.
+        quantised: True for packed 4- or 8-bit weights, which can never train.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    depth: int
+    part: Part
+    quantised: bool = False
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """A summed, already weighted part of the loss, and over how much it was summed.
+
+    The core divides by the *whole* optimizer step's count (every micro-batch of every process), so a term weighs the
+    same whatever the accumulation, the number of processes and the raggedness of the batches:
+    contribution = Σ sum / Σ count.
+
+    Attributes:
+        sum: scalar tensor, shape (), fp32, with gradient; already multiplied by the plugin's weight.
+        count: over how many labels or examples `sum` runs in this micro-batch (tensor or number, > 0); for
+            `per="step"` it is not used.
+        per: the unit of `count`. `label` = what the task's own loss averages over (tokens for language models),
+            `example` = rows of the batch, `step` = the term counts once per optimizer step.
+    """
+
+    sum: Tensor
+    count: Tensor | int
+    per: Unit = "label"
+
+
+@dataclass(kw_only=True)
+class Run:
+    """Where training stands, and the services a hook may call. Made and advanced by the loop, read by plugins.
+
+    Attributes:
+        model: the model as `get_model` returned it, never wrapped by DDP.
+        task: the task, which knows where the logits are.
+        num_blocks: L, the number of blocks; `Param.depth` runs from 0 to L + 1.
+        depths: the depths at which something may train in this stage, from the top (head) down.
+        stage: the stage that is running; `stages` are all of them, in order.
+        step: finished optimizer steps of this stage.
+        max_steps: optimizer steps of this stage.
+        steps_per_epoch: optimizer steps in one pass over the data.
+        optimizer: the stage's optimizer, or None before it exists.
+        base_lr: the learning rate that the user set for this stage.
+        seed: seed of every random stream.
+        batch: the micro-batch being worked on, with the labels.
+        first_example: position, within the whole optimizer step over all processes, of this batch's first row.
+        last_metrics: what the last evaluation returned.
+    """
+
+    model: Module
+    task: Task
+    num_blocks: int
+    depths: tuple[int, ...] = ()
+    stages: tuple[Stage, ...] = ()
+    stage: Stage | None = None
+    step: int = 0
+    max_steps: int = 0
+    steps_per_epoch: int = 0
+    optimizer: Optimizer | None = None
+    base_lr: float = 0.0
+    seed: int = 0
+    batch: Mapping[str, Any] = field(default_factory=dict)
+    first_example: int = 0
+    last_metrics: Mapping[str, float] = field(default_factory=dict)
+    logged: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def epoch(self) -> int:
+        """Finished passes over the data, derived from the step, so that a resumed run agrees with itself."""
+        return self.step // self.steps_per_epoch if self.steps_per_epoch else 0
+
+    def forward(
+        self, batch: Mapping[str, Any], *, perturb: Mapping[str, Tensor | Callable[[Tensor], Tensor]] | None = None
+    ) -> Any:
+        """One more pass of the model over `batch`, in the same autocast and train mode as the first.
+
+        Args:
+            batch: the model's keyword arguments.
+            perturb: `{"embeddings": δ}` adds δ to the output of the input embeddings, in fp32. δ has that output's
+                shape, e.g. (batch, tokens, width), or is a function from that output to δ.
+        Returns: the model's output.
+        Raises:
+            ValueError: the place to perturb is unknown, was never reached, or δ is lost in the embeddings' dtype.
+        """
+        from .forward import second_pass
+
+        return second_pass(self.model, batch, perturb or {})
+
+    def generator(self, *key: int | str, device: Any = "cpu") -> Generator:
+        """A random stream that depends only on the seed, the stage, the step and `key`.
+
+        Equal on every process and after a resume. For noise by example, put the example's position in the step into
+        the key: `run.generator("r3f", run.first_example + row)`.
+        """
+        import torch
+
+        stage = self.stage.name if self.stage else ""
+        text = "\x1f".join(map(str, (self.seed, stage, self.step, *key)))
+        seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+        return torch.Generator(device=device).manual_seed(seed)
+
+    def log(self, **values: float) -> None:
+        """Hand numbers to the loop's own log; they appear with its next line."""
+        self.logged.update(values)
+
+
+@dataclass(kw_only=True)
+class Plugin:
+    """How something is trained. Subclass it as a `@dataclass(kw_only=True)`; see `docs/writing_a_plugin.md`.
+
+    Init fields are settings and take plain values; `field(init=False)` is state. Override only the hooks that the
+    technique needs: the core asks no plugin about a hook that it did not override.
+
+    Class variables:
+        name: the entry-point name, in snake_case.
+        source: the paper.
+        api: version of this contract the plugin was written for.
+        after: names of plugins that this one must follow in a chain, whatever order the user wrote.
+        conflicts: names of plugins that it cannot run with.
+        needs: words of `NEEDS`, checked before the base model loads.
+    """
+
+    name: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    api: ClassVar[int] = API
+    after: ClassVar[tuple[str, ...]] = ()
+    conflicts: ClassVar[tuple[str, ...]] = ()
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def plan_stages(self, stages: Sequence[Stage]) -> Sequence[Stage]:
+        """Once, before anything loads: the stages to run, changed or not. Plugins chain, in order."""
+        return stages
+
+    def may_train(self, run: Run, param: Param) -> bool:
+        """Whether `param` trains at `run.step`. Asked at the start and at each update boundary.
+
+        Pure in (settings, state, step): it is asked again after a resume. A parameter trains only when the tuner
+        made it trainable and every plugin agrees.
+        """
+        return True
+
+    def lr_scale(self, run: Run, param: Param) -> float:
+        """Multiplier (≥ 0) of the base rate for `param` in this step. Plugins multiply.
+
+        Equal for all parameters of equal `lr_key`. Schedulers never see it: the core restores the rate after each
+        optimizer step.
+        """
+        return 1.0
+
+    def lr_key(self, param: Param) -> tuple[Any, ...]:
+        """Parameters of equal key share a rate and form one optimizer group."""
+        return (param.depth, param.part)
+
+    def next_change(self, run: Run) -> int | None:
+        """The next step (> `run.step`) at which `may_train` answers differently, or None for never again.
+
+        The earliest of all plugins counts. It lets a plan be printed, and work on frozen layers be saved, ahead.
+        """
+        return None
+
+    def loss_terms(self, run: Run, batch: Mapping[str, Any], output: Any) -> Mapping[str, LossTerm]:
+        """For each training micro-batch: what to add to the task's loss, by name. Names are unique over plugins."""
+        return {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name, value in vars(cls).items():
+            if name.startswith("_") or not inspect.isfunction(value):
+                continue
+            _check_hook(cls, name, value)
+
+    @classmethod
+    def hooks(cls) -> tuple[str, ...]:
+        """The hooks that this class overrides, in the order of the contract."""
+        return tuple(h for h in HOOKS if getattr(cls, h) is not getattr(Plugin, h))
+
+    def settings(self) -> dict[str, Any]:
+        """Name → value of every setting (init field), without the state."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+
+
+HOOKS: tuple[str, ...] = ("plan_stages", "may_train", "lr_scale", "lr_key", "next_change", "loss_terms")
+"""Every hook there is. Anything else a plugin defines without a leading underscore is refused."""
+
+_RESERVED = frozenset({"hooks", "settings"})
+
+
+def _check_hook(cls: type[Plugin], name: str, function: Callable[..., Any]) -> None:
+    """Refuse at class creation what would be silently dead: a misspelt hook, or one with other parameters."""
+    where = f"{cls.__module__}.{cls.__qualname__}.{name}"
+    if name in _RESERVED:
+        raise TypeError(f"{where}: `{name}` belongs to the contract and cannot be overridden.")
+    if name not in HOOKS:
+        from .names import nearest
+
+        raise TypeError(
+            f"{where} is neither a hook nor private, so nothing would ever call it.{nearest(name, HOOKS)} "
+            f"Hooks: {', '.join(HOOKS)}. Name a helper with a leading underscore, or move it out of the class."
+        )
+    expected = list(inspect.signature(getattr(Plugin, name)).parameters)
+    got = list(inspect.signature(function).parameters)
+    if got != expected:
+        raise TypeError(f"{where}({', '.join(got)}): the hook's parameters are ({', '.join(expected)}).")

@@ -1,0 +1,121 @@
+"""Proof of engagement: what a run declared, compared with which tensors really moved."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .errors import EngagementError
+from .timeline import Group, label
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 1 << 22
+"""Elements hashed at a time: bounds the extra memory to a few tens of megabytes, whatever the tensor."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one group declared and did.
+
+    Attributes:
+        group: (depth, part).
+        steps: updates with a rate above zero in which it was declared trainable.
+        tensors: how many tensors it has, and how many `moved`.
+    """
+
+    group: Group
+    steps: int
+    tensors: int
+    moved: int
+
+
+class Engagement:
+    """Watches one stage of one model.
+
+    Args:
+        tensors: every parameter of the model, frozen ones too, by name.
+        group_of: name → group, for the parameters that may train; None for the rest.
+    """
+
+    def __init__(self, tensors: Mapping[str, nn.Parameter], group_of: Callable[[str], Group | None]) -> None:
+        self._tensors, self._group_of = tensors, group_of
+        self._before = {name: checksum(tensor) for name, tensor in tensors.items()}
+        self._steps: dict[str, int] = {}
+        self._graded: set[Group] = set()
+
+    def count(self, names: Iterable[str]) -> None:
+        """Note one update in which exactly these parameters trained, with a rate above zero."""
+        for name in names:
+            self._steps[name] = self._steps.get(name, 0) + 1
+
+    def note_gradients(self, names: Iterable[str]) -> set[Group]:
+        """The groups among `names` of which no tensor has ever held a gradient. Call before an update."""
+        groups: set[Group] = set()
+        for name in names:
+            group = self._group_of(name)
+            if group is None:
+                continue
+            groups.add(group)
+            if self._tensors[name].grad is not None:
+                self._graded.add(group)
+        return groups - self._graded
+
+    def finish(self) -> tuple[list[Row], list[str]]:
+        """Compare with the start.
+
+        Returns: the rows, and the names of tensors that moved although they were never declared trainable.
+        """
+        moved = {name for name, tensor in self._tensors.items() if checksum(tensor) != self._before[name]}
+        groups: dict[Group, list[str]] = {}
+        for name in self._tensors:
+            group = self._group_of(name)
+            if group is not None:
+                groups.setdefault(group, []).append(name)
+        rows = [
+            Row(group, max((self._steps.get(n, 0) for n in names), default=0), len(names), len(moved.intersection(names)))
+            for group, names in sorted(groups.items(), reverse=True)
+        ]
+        return rows, sorted(moved - self._steps.keys())
+
+
+def check(rows: list[Row], strays: list[str], num_blocks: int) -> None:
+    """Raise EngagementError where a declared group never moved, or a frozen tensor did."""
+    idle = [label(row.group, num_blocks) for row in rows if row.steps and not row.moved]
+    wrong = []
+    if idle:
+        wrong.append(
+            f"{', '.join(idle)}: declared trainable, yet no tensor of it moved. Either no gradient reaches it (the loss "
+            "does not use it, or something detaches it) or the rate is too small for its dtype"
+        )
+    if strays:
+        wrong.append(f"{len(strays)} frozen tensors moved, e.g. {strays[0]!r}: something outside the optimizer changed them")
+    if wrong:
+        raise EngagementError("What trained is not what was declared. " + "; ".join(wrong) + ".")
+
+
+def table(rows: list[Row], num_blocks: int) -> str:
+    """The rows as text: group, updates, tensors that moved."""
+    lines = [f"{'':>18}  updates  moved"]
+    lines += [f"{label(r.group, num_blocks):>18}  {r.steps:>7}  {r.moved}/{r.tensors}" for r in rows]
+    return "\n".join(lines)
+
+
+@torch.no_grad()
+def checksum(tensor: Tensor) -> tuple[int, int]:
+    """A fingerprint of a tensor's bits, cheap and independent of the device: (Σ b, Σ b²) mod 2⁶⁴, b its integer bits.
+
+    One changed bit always changes the first sum; two changes that cancel there do not cancel in the second.
+    """
+    flat = tensor.detach().contiguous().reshape(-1)
+    bits = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+    first, second = 0, 0
+    for chunk in bits.split(CHUNK):
+        wide = chunk.to(torch.int64)
+        first += int(wide.sum())
+        second += int((wide * wide).sum())
+    return first % 2**64, second % 2**64

@@ -1,0 +1,224 @@
+"""Names → classes, from the metadata of installed distributions.
+
+Nothing here imports a plugin until its name is asked for, and listing imports neither torch nor peft: entry points
+are read with `importlib.metadata`, PEFT's tuners and all one-line summaries from source text.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import EntryPoint, entry_points, version
+from pathlib import Path
+from typing import Any, Literal
+
+from .errors import MethodError, PluginError
+from .names import nearest
+from .plugin import API, Plugin
+
+Kind = Literal["plugin", "tuner", "task"]
+
+GROUPS: Mapping[Kind, str] = {
+    "plugin": "peft_plus.plugins",
+    "tuner": "peft_plus.tuners",
+    "task": "peft_plus.tasks",
+}
+
+CORE_TUNERS: Mapping[str, str] = {
+    "full": "Every parameter of the base model trains; saves and reloads with plain transformers.",
+    "linear_probe": "Only the task's head trains; loads in plain PEFT.",
+}
+"""Tuners that the core itself provides, beside those of the installed PEFT."""
+
+VARIANTS: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
+    "dora": ("lora", {"use_dora": True}, "LoRA with weight decomposition (`lora` with use_dora=True)."),
+    "rslora": ("lora", {"use_rslora": True}, "Rank-stabilised LoRA (`lora` with use_rslora=True)."),
+}
+"""Well-known names that PEFT spells as a flag: name → (tuner, settings, summary)."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One name that can be used, and where it comes from.
+
+    Attributes:
+        name: what the user writes.
+        kind: `plugin`, `tuner` or `task`.
+        distribution: the installed distribution that provides it, with its `version`.
+        target: `module:attribute`, or an empty string for what is not an entry point.
+        summary: one line, read from the source's docstring without importing it.
+    """
+
+    name: str
+    kind: Kind
+    distribution: str
+    version: str
+    target: str = ""
+    summary: str = ""
+
+    @property
+    def origin(self) -> str:
+        return f"{self.distribution} {self.version}"
+
+
+def entries(kind: Kind) -> dict[str, Entry]:
+    """Everything of a kind that is installed, by name, sorted. Imports nothing that is listed.
+
+    Raises:
+        PluginError: two distributions claim one name.
+    """
+    found: dict[str, Entry] = {}
+    for point in entry_points(group=GROUPS[kind]):
+        entry = _entry(kind, point)
+        other = found.setdefault(entry.name, entry)
+        if (other.distribution, other.target) != (entry.distribution, entry.target):
+            raise PluginError(
+                f"Two installed distributions provide the {kind} {entry.name!r}: {other.origin} ({other.target}) and "
+                f"{entry.origin} ({entry.target}). Uninstall one of them: pip uninstall {entry.distribution}"
+            )
+    if kind == "tuner":
+        core = version("peft-plus")
+        for name, summary in CORE_TUNERS.items():
+            found.setdefault(name, Entry(name, kind, "peft-plus", core, summary=summary))
+        for name, (_, _, summary) in VARIANTS.items():
+            found.setdefault(name, Entry(name, kind, "peft-plus", core, summary=summary))
+        for name in peft_tuners():
+            found.setdefault(name, Entry(name, kind, "peft", version("peft"), summary=_peft_summary(name)))
+    return dict(sorted(found.items()))
+
+
+def find(name: str, kinds: Iterable[Kind]) -> Entry:
+    """The entry of that name among `kinds`.
+
+    Raises:
+        MethodError: nothing has that name; says what is nearest and, for plugins that this project ships, which
+            distribution to install.
+    """
+    known: dict[str, Entry] = {}
+    for kind in kinds:
+        known.update(entries(kind))
+    if name in known:
+        return known[name]
+    what = " or ".join(kinds)
+    home = FIRST_PARTY.get(name)
+    fix = f" It is provided by {home}: pip install {home}" if home else nearest(name, known)
+    raise MethodError(f"No installed {what} is called {name!r}.{fix} `peft-plus list` shows what there is.")
+
+
+def load(entry: Entry) -> type[Any]:
+    """Import what an entry points to, and check that it keeps the contract.
+
+    Raises:
+        PluginError: it does not import, is not what its group asks for, or was written for another contract.
+    """
+    if not entry.target:
+        raise MethodError(f"{entry.name!r} is built into {entry.distribution}; there is no class to load.")
+    try:
+        loaded = EntryPoint(entry.name, entry.target, GROUPS[entry.kind]).load()
+    except Exception as error:
+        raise PluginError(
+            f"The {entry.kind} {entry.name!r} of {entry.origin} does not import: {type(error).__name__}: {error}. "
+            f"Reinstall or update it: pip install -U {entry.distribution}"
+        ) from error
+    if entry.kind == "plugin":
+        check_plugin_class(loaded, entry)
+    return loaded
+
+
+def check_plugin_class(cls: Any, entry: Entry | None = None) -> None:
+    """Raise PluginError unless `cls` is a plugin of this contract, named as its entry point says."""
+    where = entry.origin if entry else f"{getattr(cls, '__module__', '?')}"
+    label = entry.name if entry else getattr(cls, "name", cls)
+    if not (isinstance(cls, type) and issubclass(cls, Plugin)):
+        raise PluginError(f"{label!r} of {where} is {cls!r}, not a subclass of peft_plus.Plugin.")
+    if cls.api != API:
+        raise PluginError(
+            f"The plugin {label!r} of {where} was written for version {cls.api} of the plugin contract; this peft_plus "
+            f"speaks version {API}. Update whichever is older."
+        )
+    if entry and cls.name != entry.name:
+        raise PluginError(
+            f"The plugin class {cls.__qualname__} of {where} calls itself {cls.name!r}, its entry point {entry.name!r}."
+        )
+    if not cls.name:
+        raise PluginError(f"{cls.__module__}.{cls.__qualname__} has no `name`: set the class variable.")
+    for base in cls.__mro__:
+        if "__annotations__" in vars(base) and "__dataclass_fields__" not in vars(base):
+            raise PluginError(
+                f"{base.__module__}.{base.__qualname__} annotates settings but is no dataclass, so they would be "
+                "ignored: decorate it with @dataclass(kw_only=True)."
+            )
+
+
+FIRST_PARTY: Mapping[str, str] = {
+    "gradual_unfreeze": "peft-plus-freezing",
+    "llrd": "peft-plus-stability",
+    "r3f": "peft-plus-stability",
+    "lp_ft": "peft-plus-probing",
+}
+"""Plugins of this project that may not be installed, so that an error can name the distribution."""
+
+
+@lru_cache(maxsize=1)
+def peft_tuners() -> tuple[str, ...]:
+    """Lower-case names of the tuners of the installed PEFT, also those newer than this file. Imports nothing."""
+    tree = ast.parse((_package_folder("peft") / "utils" / "peft_types.py").read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef) and node.name == "PeftType":
+            names = [t.id for a in node.body if isinstance(a, ast.Assign) for t in a.targets if isinstance(t, ast.Name)]
+            return tuple(sorted(name.lower() for name in names))
+    raise PluginError("The installed peft has no PeftType enum where every release so far had one; update peft-plus.")
+
+
+def _entry(kind: Kind, point: EntryPoint) -> Entry:
+    distribution = point.dist
+    name = distribution.name if distribution else "unknown"
+    release = distribution.version if distribution else "?"
+    return Entry(point.name, kind, name, release, point.value, _summary(point.value))
+
+
+@lru_cache(maxsize=None)
+def _summary(target: str) -> str:
+    """First line of the docstring of `module:Class`, from the source file."""
+    module, _, attribute = target.partition(":")
+    package, *rest = module.split(".")
+    folder = _package_folder(package)
+    path = folder.joinpath(*rest)
+    source = path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py"
+    if not source.is_file():
+        return ""
+    for node in ast.parse(source.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) and node.name == attribute:
+            return _first_line(ast.get_docstring(node))
+    return ""
+
+
+@lru_cache(maxsize=None)
+def _peft_summary(name: str) -> str:
+    """First line of the docstring of a PEFT tuner's model class; empty where PEFT wrote none."""
+    folder = _package_folder("peft") / "tuners" / name
+    source = folder / "model.py"
+    if not source.is_file():
+        return ""
+    for node in ast.parse(source.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) and node.name.lower() == f"{name.replace('_', '')}model":
+            return _first_line(ast.get_docstring(node))
+    return ""
+
+
+def _package_folder(package: str) -> Path:
+    """Where a top-level package lies, without importing it."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.origin:
+        raise PluginError(f"The package {package!r} is not installed.")
+    return Path(spec.origin).parent
+
+
+def _first_line(docstring: str | None) -> str:
+    """The first sentence of the first paragraph, on one line."""
+    paragraph = " ".join((docstring or "").strip().split("\n\n")[0].split())
+    return re.split(r"(?<=\.)\s+(?=[A-Z(])", paragraph, maxsplit=1)[0]

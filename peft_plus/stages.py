@@ -1,0 +1,80 @@
+"""Stages: the training runs that one call of `fit` goes through, in order."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from .errors import MethodError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import TrainingArguments
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One training run of a plan.
+
+    Attributes:
+        name: unique in the plan; names its folder and its line in tables.
+        train: which of the tuner's parameters may train: `all`, or only the task's `head`.
+        plugins: names of the plugins at work in this stage, or None for all.
+        args: what differs from the user's TrainingArguments, e.g. `{"num_train_epochs": 2, "learning_rate": 1e-3}`.
+    """
+
+    name: str = "train"
+    train: Literal["all", "head"] = "all"
+    plugins: tuple[str, ...] | None = None
+    args: Mapping[str, Any] = field(default_factory=dict)
+
+
+def fit(
+    model: nn.Module,
+    args: TrainingArguments | None = None,
+    *,
+    trainer_class: type[Any] | None = None,
+    **trainer_kwargs: Any,
+) -> list[Any]:
+    """Run every stage of a model's plan, with a fresh Trainer each, so that optimizer and schedule start anew.
+
+    Args:
+        model: from `get_model` or `attach`.
+        args: as for a Trainer; a stage changes what it plans (`Stage.args`) and writes into its own sub-folder of
+            `output_dir` when there are several.
+        trainer_class: any Trainer class, plugins are added to it; `peft_plus.Trainer` by default.
+        trainer_kwargs: for the Trainer: `train_dataset`, `eval_dataset`, `data_collator`, …
+    Returns: one TrainOutput for each stage.
+    Raises:
+        MethodError: the model has no plan, or a stage sets an argument that TrainingArguments does not have.
+    """
+    from transformers import TrainingArguments
+
+    from .hf import Trainer, plan_of, with_plugins
+
+    plan = plan_of(model)
+    if plan is None:
+        raise MethodError("fit runs a plan, and this model has none. Make it with get_model, or call attach(model, …) first.")
+    args = args if args is not None else TrainingArguments()
+    stage_args = [_arguments_of(stage, args, nested=len(plan.stages) > 1) for stage in plan.stages]
+    outputs = []
+    for stage, own in zip(plan.stages, stage_args, strict=True):
+        trainer = with_plugins(trainer_class or Trainer)(model, own, **trainer_kwargs)
+        trainer.stage = stage
+        outputs.append(trainer.train())
+    return outputs
+
+
+def _arguments_of(stage: Stage, args: TrainingArguments, *, nested: bool) -> TrainingArguments:
+    unknown = [name for name in stage.args if not hasattr(args, name)]
+    if unknown:
+        raise MethodError(f"The stage {stage.name!r} sets {unknown[0]!r}, which {type(args).__name__} does not have.")
+    own = copy.copy(args)
+    for name, value in stage.args.items():
+        setattr(own, name, value)
+    if nested:
+        own.output_dir = str(Path(args.output_dir or "trainer_output") / stage.name)
+    return own

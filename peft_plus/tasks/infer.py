@@ -1,0 +1,45 @@
+"""The task of a loaded model, told by its class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..layers import transformers_model
+from .base import Task
+from .generic import GenericTask
+
+
+def infer_task(model: nn.Module) -> Task:
+    """The task whose AutoModel class builds this model's class; a `GenericTask` where none does.
+
+    Args:
+        model: a transformers model, a PeftModel over one, or any module.
+    """
+    from ..registry import entries, load
+
+    base = transformers_model(model)
+    config = getattr(base, "config", None)
+    for entry in entries("task").values() if config is not None else ():
+        if entry.distribution != "peft-plus":
+            continue  # a plugin that nobody named is never imported
+        task = load(entry).from_config(config)
+        if _builds(task, config, type(base)):
+            return task
+    return GenericTask(shifts_labels=_shifts(base))
+
+
+def _builds(task: Task, config: Any, model_class: type[Any]) -> bool:
+    mapping = getattr(task.auto_class(config), "_model_mapping", {})
+    if type(config) not in mapping:
+        return False
+    built = mapping[type(config)]
+    return model_class in (built if isinstance(built, tuple) else (built,))
+
+
+def _shifts(base: nn.Module) -> bool:
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+    encoder_decoder = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+    return not encoder_decoder and LOSS_MAPPING.get(getattr(base, "loss_type", None)) is ForCausalLMLoss

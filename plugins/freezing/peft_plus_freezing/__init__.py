@@ -1,0 +1,1 @@
+"""Freezing schedules: which weights train when. One module per technique; import the one you want."""

@@ -1,0 +1,24 @@
+"""What every test stands on: one thread, no network, fixed seeds."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything reads them: the hub client and the tokenizers look at these once, when they are imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
