@@ -8,7 +8,6 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 WORKERS ?= 2
-export PEFT_PLUS_INPUTS ?= $(CURDIR)/.inputs
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -20,9 +19,11 @@ PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 STRANGER := $(patsubst %/pyproject.toml,%,$(wildcard examples/third_party_plugin/pyproject.toml))
 PROJECTS := $(addsuffix /pyproject.toml,. $(PLUGINS) $(STRANGER))
 
-DATA := $(PEFT_PLUS_INPUTS)/hutto_ICWSM_2014.tar.gz
-MODELS := $(PEFT_PLUS_INPUTS)/packages
-NO_INDEX = { echo "Could not reach the package index. Check the network, then run 'make $@' again: what is done stays done."; exit 1; }
+# The same place, by the same rule, as in examples/inputs.py.
+INPUTS := $(or $(PEFT_PLUS_INPUTS),.inputs)
+DATA := $(INPUTS)/hutto_ICWSM_2014.tar.gz
+MODELS := $(INPUTS)/packages
+NO_INDEX = { echo "Could not reach the package index. Check the network, then run the same command again: what is done stays done."; exit 1; }
 
 help:  ## Show this list.
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
@@ -36,7 +37,7 @@ demo: $(READY) inputs  ## Fine-tune MiniLM on movie sentences, with and without 
 
 test: lint types inputs  ## Run everything that CI runs.
 	@echo "Running the tests in $(WORKERS) processes."
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: $(READY)  ## Check style and formatting.
 	@echo "Checking style and formatting."
@@ -54,7 +55,7 @@ format: $(READY)  ## Put every file into the house format.
 wheels: $(READY)  ## Build a wheel and an sdist of every distribution into dist/.
 	@for project in . $(PLUGINS); do \
 		echo "Building $$project."; \
-		$(BIN)/python -m build --outdir dist $$project > /dev/null; \
+		$(BIN)/python -m build -q --outdir dist $$project; \
 	done
 
 clean:  ## Remove what was built and installed here; fetched inputs stay.
@@ -75,8 +76,8 @@ $(DATA): | $(READY)
 	@echo "Fetching the rated sentences (2 MB)."
 	@rm -rf $@.part && mkdir -p $@.part
 	@$(PIP) download --no-deps --no-binary :all: -d $@.part vaderSentiment==3.3.1 || $(NO_INDEX)
-	@tar -xzf $@.part/vaderSentiment-3.3.1.tar.gz -C $@.part --strip-components 2 --wildcards '*/$(@F)'
-	@mv $@.part/$(@F) $@ && rm -rf $@.part
+	@tar -xzf $@.part/vaderSentiment-3.3.1.tar.gz -C $@.part
+	@mv $@.part/vaderSentiment-3.3.1/additional_resources/$(@F) $@ && rm -rf $@.part
 
 $(MODELS): | $(READY)
 	@echo "Fetching MiniLM-L6 and SmolLM2-135M (170 MB)."

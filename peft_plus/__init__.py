@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from . import dropin as _dropin
 
 if TYPE_CHECKING:
-    from peft import *  # noqa: F403
+    from peft import *  # noqa: F403  # pyright: ignore[reportWildcardImportFromLibrary]
 
     from .build import attach as attach
     from .build import get_model as get_model
@@ -61,7 +61,7 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
     elif name == "__all__":
         return sorted({*_HOMES, *_dropin.peft_names()})
-    elif PathFinder.find_spec(f"{__name__}.{name}", list(__path__)):
+    elif PathFinder.find_spec(f"{__name__}.{name}", __spec__.submodule_search_locations):
         # `from peft_plus import build` asks here before it looks for a submodule.
         value = importlib.import_module(f".{name}", __name__)
     elif name.startswith("__"):

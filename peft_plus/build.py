@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -40,7 +41,7 @@ def get_model(
 
     ```python
     get_model("org/base", method="lora", task="SEQ_CLS", num_labels=2, r=8)
-    get_model("org/base", method={"lora": {"r": 8}, "llrd": {"decay": 0.9}}, task="SEQ_CLS", num_labels=2, quantization="nf4")
+    get_model("org/base", method={"lora": {"r": 8}, "llrd": {"decay": 0.9}}, task="CAUSAL_LM", quantization="nf4")
     ```
 
     Names, settings and combinations are checked before any weights load: the tuner is first built on a skeleton of
@@ -63,31 +64,38 @@ def get_model(
         MethodError: an unknown name or setting, or a combination that cannot work.
         PluginError: a named plugin does not import or breaks the contract.
     """
-    resolved = resolve(method, settings)
     if isinstance(model, nn.Module):
-        _refuse_loading_options(quantization=quantization, device_map=device_map, dtype=dtype, model_kwargs=model_kwargs)
+        _refuse_loading_options(
+            quantization=quantization, device_map=device_map, dtype=dtype, model_kwargs=model_kwargs
+        )
         if _is_peft(model):
-            return _attach(model, resolved, task)
+            return _attach(model, resolve(method, settings), task)
         chosen = _task(task, num_labels) if task is not None else infer_task(model)
+        resolved = resolve(method, settings, chosen.peft_task_type)
         _check_labels(model, chosen, num_labels)
         tuner = resolved.tuner or Tuner("full")
         _check(resolved, tuner, chosen, loading.scheme_of_model(model))
         return _finish(model, resolved, tuner, chosen)
     if not isinstance(model, (str, os.PathLike)):
-        raise MethodError(f"model={model!r} is a {type(model).__name__}; give a hub id, a folder, or a loaded torch model.")
+        raise MethodError(
+            f"model={model!r} is a {type(model).__name__}; give a hub id, a folder, or a loaded torch model."
+        )
     if task is None:
-        raise MethodError(f"task= is missing: it picks the class that loads {model!r}. One of: {', '.join(registry.entries('task'))}.")
+        raise MethodError(
+            f"task= is missing: it picks the class that loads {model!r}. One of: {', '.join(registry.entries('task'))}."
+        )
     chosen = _task(task, num_labels)
+    resolved = resolve(method, settings, chosen.peft_task_type)
     options = _load_options(device_map, dtype, model_kwargs)
     tuner = resolved.tuner or Tuner("full")
-    loading.quantization_config(quantization, nn.Module(), dtype)
-    _check(resolved, tuner, chosen, quantization)
+    scheme = loading.scheme_of(quantization)
+    _check(resolved, tuner, chosen, scheme)
     source = loading.open_source(model, chosen, options)
     bits = loading.quantization_config(quantization, source.skeleton, dtype)
     if bits is not None and options.get("gguf_file"):
         raise MethodError(
-            "GGUF weights cannot be loaded quantised. Load them once without quantization, save_pretrained into a folder, "
-            "and give that folder."
+            "GGUF weights cannot be loaded quantised. Load them once without quantization, save_pretrained into a "
+            "folder, and give that folder."
         )
     _rehearse(source, tuner, chosen, resolved)
     return _finish(loading.load(source, bits, options), resolved, tuner, chosen)
@@ -111,8 +119,8 @@ def attach(model: nn.Module, method: Any, *, task: str | Task | None = None) -> 
 def _attach(model: nn.Module, resolved: Method, task: str | Task | None) -> nn.Module:
     if resolved.tuner is not None:
         raise MethodError(
-            f"This {type(model).__name__} already has its tuner, but the method names {resolved.tuner.name!r}. Name only plugins, "
-            "or start from the base model."
+            f"This {type(model).__name__} already has its tuner, but the method names {resolved.tuner.name!r}. Name "
+            "only plugins, or start from the base model."
         )
     chosen = _task(task, None, model) if task is not None else infer_task(model)
     tuner = _tuner_of(model)
@@ -120,25 +128,35 @@ def _attach(model: nn.Module, resolved: Method, task: str | Task | None) -> nn.M
     return _with_plan(model, resolved, tuner, chosen)
 
 
-def _check(method: Method, tuner: Tuner, task: Task, quantization: Any) -> None:
+def _check(method: Method, tuner: Tuner, task: Task, scheme: str | None) -> None:
     """Everything that tuner, task, plugins and quantisation say against each other, without a model."""
-    if tuner.name == "full" and quantization is not None:
+    if tuner.name == "full" and scheme is not None:
         raise MethodError(
-            "method 'full' trains the base weights, but quantised weights get no gradient. Use a tuner such as 'lora' on the "
-            "quantised base, or drop quantization."
+            "method 'full' trains the base weights, but quantised weights get no gradient. Use a tuner such as 'lora' "
+            "on the quantised base, or drop quantization."
         )
     config = tuner.config
     if config is not None:
+        if getattr(config, "use_dora", False) and scheme == "int8" and not torch.accelerator.is_available():
+            # PEFT's dequantize_module_weight replaces the weight there, without its scales.
+            raise MethodError(
+                "DoRA reads the base weights in every step, and on a CPU int8 weights lose their scales when PEFT reads "
+                "them. Use quantization='nf4', or 'lora' instead of 'dora'."
+            )
         given = getattr(config.task_type, "value", config.task_type)
         if given is not None and given != task.peft_task_type:
-            raise MethodError(f"The {tuner.name!r} config says task_type={given!r}, the task is {task.name!r}. Make them agree.")
+            raise MethodError(
+                f"The {tuner.name!r} config says task_type={given!r}, the task is {task.name!r}. Make them agree."
+            )
         if config.is_prompt_learning and task.peft_task_type is None:
             raise MethodError(
                 f"{tuner.name!r} inserts its prompt where PEFT knows the task, and PEFT has no task type for "
                 f"{task.name or 'this model'!r}. Use a tuner that works inside the model, e.g. 'lora'."
             )
         if task.new_head and not hasattr(config, "modules_to_save"):
-            raise MethodError(f"{tuner.name!r} cannot train a new head (its config has no modules_to_save); {task.name!r} needs one.")
+            raise MethodError(
+                f"{tuner.name!r} cannot train a new head (its config has no modules_to_save); {task.name!r} needs one."
+            )
     check_needs(method.plugins, method.origins, tuner, task)
     plan_stages(method.plugins, method.origins)
 
@@ -150,13 +168,10 @@ def _rehearse(source: loading.Source, tuner: Tuner, task: Task, method: Method) 
         return
     try:
         model = _with_tuner(source.skeleton, tuner, task)
-    except (ValueError, TypeError, KeyError) as error:
-        raise MethodError(f"The tuner {tuner.name!r} cannot be built on {source.name!r}: {error}") from error
     except (NotImplementedError, RuntimeError):
         # Some initialisations read weights, which the skeleton has none of; the real build will tell.
         return
-    if any("layers" in p.needs for p in method.plugins):
-        _check_layered(method, _params(model, _layers(model, needed=True)))
+    _check_layered(method, _params(model, _layers(model, method)))
 
 
 def _finish(base: nn.Module, method: Method, tuner: Tuner, task: Task) -> nn.Module:
@@ -172,26 +187,37 @@ def _with_tuner(base: nn.Module, tuner: Tuner, task: Task) -> nn.Module:
     if tuner.name == "linear_probe":
         heads = find_heads(base)
         if not heads:
-            raise MethodError(f"'linear_probe' trains the head, and {type(base).__name__} has none. Pick a task with a head.")
+            raise MethodError(
+                f"'linear_probe' trains the head, and {type(base).__name__} has none. Pick a task with a head."
+            )
         if is_tied_head(base):
             raise MethodError(
                 f"'linear_probe' trains the head, but the head of {type(base).__name__} is the input embeddings (tied "
                 "weights). Use a tuner, or a task with a head of its own such as 'SEQ_CLS'."
             )
         # PEFT's own way to train a head alone: a LoRA that targets nothing. Loads in plain PEFT.
-        config = LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=list(heads), task_type=task.peft_task_type)
+        config = LoraConfig(
+            target_modules=DUMMY_TARGET_MODULES, modules_to_save=list(heads), task_type=task.peft_task_type
+        )
         return get_peft_model(base, config)
     # PEFT appends to the lists of the config that it is given: hand it a copy.
-    config = copy.deepcopy(tuner.config)
-    assert config is not None
+    config: Any = copy.deepcopy(tuner.config)
     config.task_type = task.peft_task_type
     if task.new_head:
         config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *find_heads(base)]))
-    return get_peft_model(base, config)
+    try:
+        return get_peft_model(base, config)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        # PEFT computes with settings that it has no default for: a TypeError about None does not say which.
+        unset = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) is None]
+        hint = f" Settings without a value: {', '.join(unset)}." if isinstance(error, TypeError) else ""
+        raise MethodError(
+            f"The tuner {tuner.name!r} cannot be built on {type(base).__name__}: {error}{hint}"
+        ) from error
 
 
 def _with_plan(model: nn.Module, method: Method, tuner: Tuner, task: Task) -> nn.Module:
-    layers = _layers(model, needed=any("layers" in p.needs for p in method.plugins))
+    layers = _layers(model, method)
     params = _params(model, layers)
     _check_layered(method, params)
     base = transformers_model(model)
@@ -216,13 +242,15 @@ def _with_plan(model: nn.Module, method: Method, tuner: Tuner, task: Task) -> nn
     return model
 
 
-def _layers(model: nn.Module, *, needed: bool) -> Layers:
+def _layers(model: nn.Module, method: Method) -> Layers:
     """The depths; where nothing needs them and the model has no list of blocks, a flat map."""
     try:
         return layer_map(model)
-    except ValueError:
-        if needed:
-            raise
+    except ValueError as error:
+        for plugin in method.plugins:
+            if "layers" in plugin.needs:
+                who = f"plugin {plugin.name!r} ({method.origins[plugin.name]})"
+                raise MethodError(f"{who} needs {NEEDS['layers']}; {error}") from error
         return Layers(num_blocks=0, depth={name: 0 for name, _ in model.named_parameters()}, blocks=())
 
 
@@ -240,8 +268,8 @@ def _check_layered(method: Method, params: Mapping[str, Param]) -> None:
     for plugin in method.plugins:
         if "layers" in plugin.needs and len(depths) < 2:
             raise MethodError(
-                f"plugin {plugin.name!r} ({method.origins[plugin.name]}) needs {NEEDS['layers']}; here everything that trains "
-                f"lies at depth {sorted(depths)}. Drop the plugin, or let the tuner reach more layers."
+                f"plugin {plugin.name!r} ({method.origins[plugin.name]}) needs {NEEDS['layers']}; here everything that "
+                f"trains lies at depth {sorted(depths)}. Drop the plugin, or let the tuner reach more layers."
             )
 
 
@@ -279,15 +307,17 @@ def _check_labels(model: nn.Module, task: Task, num_labels: int | None) -> None:
     has = getattr(getattr(model, "config", None), "num_labels", None)
     wanted = num_labels if num_labels is not None else getattr(task, "num_labels", None)
     if task.new_head and wanted is not None and has is not None and wanted != has:
-        raise MethodError(f"The loaded model's head has {has} labels, but num_labels={wanted}. Load it with num_labels={wanted}.")
+        raise MethodError(
+            f"The loaded model's head has {has} labels, but num_labels={wanted}. Load it with num_labels={wanted}."
+        )
 
 
 def _refuse_loading_options(**options: Any) -> None:
     for name, value in options.items():
         if value is not None:
             raise MethodError(
-                f"{name}= is for loading, but a loaded model was given. Give it to from_pretrained, or give get_model the id "
-                "or folder."
+                f"{name}= is for loading, but a loaded model was given. Give it to from_pretrained, or give get_model "
+                "the id or folder."
             )
 
 
@@ -298,7 +328,9 @@ def _load_options(device_map: Any, dtype: Any, model_kwargs: Mapping[str, Any] |
     named: Sequence[tuple[str, Any]] = (("device_map", device_map), ("dtype", dtype))
     for name in ("num_labels", "quantization_config", "config"):
         if name in options:
-            instead = {"quantization_config": "quantization=", "num_labels": "num_labels=", "config": "a loaded model"}[name]
+            instead = {"quantization_config": "quantization=", "num_labels": "num_labels=", "config": "a loaded model"}[
+                name
+            ]
             raise MethodError(f"model_kwargs holds {name!r}; give {instead} instead, so that it is checked.")
     for name, value in named:
         if value is None:

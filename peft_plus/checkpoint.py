@@ -41,7 +41,7 @@ class SavePretrained:
     instance rather than a subclass, so that its class stays PEFT's or transformers' own.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self._model = model
         update_wrapper(self, type(model).save_pretrained, updated=())
 
@@ -98,17 +98,22 @@ def load_thawed(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     """
     path = Path(folder) / THAWED
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: no base weights trained in this run, PEFT's folder is complete.")
+        raise FileNotFoundError(
+            f"{path} does not exist: no base weights trained in this run, PEFT's folder is complete."
+        )
     own = dict(model.named_parameters())
     with safe_open(path, framework="pt") as stored:
-        for name in stored.keys():
+        names = list(stored.keys())
+        for name in names:
             shape = tuple(stored.get_slice(name).get_shape())
             if name not in own:
-                raise ValueError(f"{path}: {name!r} is not a parameter of this {type(model).__name__}; is it the right base?")
+                raise ValueError(
+                    f"{path}: {name!r} is not a parameter of this {type(model).__name__}; is it the right base?"
+                )
             if shape != tuple(own[name].shape):
                 raise ValueError(f"{path}: {name!r} has shape {shape}, the model's has {tuple(own[name].shape)}.")
         with torch.no_grad():
-            for name in stored.keys():
+            for name in names:
                 own[name].copy_(stored.get_tensor(name))
     return model
 

@@ -91,12 +91,13 @@ class Plan:
         return tuple(p for p in self.plugins if stage.plugins is None or p.name in stage.plugins)
 
 
-def resolve(method: Any, loose: Mapping[str, Any] | None = None) -> Method:
+def resolve(method: Any, loose: Mapping[str, Any] | None = None, task_type: str | None = None) -> Method:
     """Turn a method as the user wrote it into tuner and plugins.
 
     Args:
         method: a name; a PEFT config or plugin object; a list of those; or a mapping name → settings.
         loose: settings given as keyword arguments; only with a single name.
+        task_type: PEFT's name of the task, for the config of a tuner given by name; some accept only one.
     Raises:
         MethodError: unknown name or setting, two tuners, a plugin twice, conflicting plugins.
         PluginError: a named plugin does not import or breaks the contract.
@@ -105,7 +106,7 @@ def resolve(method: Any, loose: Mapping[str, Any] | None = None) -> Method:
     plugins: list[Plugin] = []
     origins: dict[str, str] = {}
     for item, settings in _items(method, dict(loose or {})):
-        made, origin = _build(item, settings)
+        made, origin = _build(item, settings, task_type)
         if isinstance(made, Tuner):
             tuners.append(made)
         else:
@@ -125,7 +126,9 @@ def check_needs(plugins: Sequence[Plugin], origins: Mapping[str, str], tuner: Tu
     for plugin in plugins:
         for need in plugin.needs:
             if need not in NEEDS:
-                raise PluginError(f"{_who(plugin, origins)} needs {need!r}, which peft_plus does not know: {list(NEEDS)}.")
+                raise PluginError(
+                    f"{_who(plugin, origins)} needs {need!r}, which peft_plus does not know: {list(NEEDS)}."
+                )
             if need == "layers" and not tuner.by_layer:
                 raise MethodError(
                     f"{_who(plugin, origins)} needs {NEEDS['layers']}; {tuner.name!r} has none: it trains only "
@@ -134,13 +137,13 @@ def check_needs(plugins: Sequence[Plugin], origins: Mapping[str, str], tuner: Tu
                 )
             if need == "body" and tuner.name == "linear_probe":
                 raise MethodError(
-                    f"{_who(plugin, origins)} needs {NEEDS['body']}; 'linear_probe' trains the head alone. Drop the plugin, or "
-                    "use a tuner such as 'lora' or 'full'."
+                    f"{_who(plugin, origins)} needs {NEEDS['body']}; 'linear_probe' trains the head alone. Drop the "
+                    "plugin, or use a tuner such as 'lora' or 'full'."
                 )
             if need == "new_head" and not task.new_head:
                 raise MethodError(
-                    f"{_who(plugin, origins)} needs {NEEDS['new_head']}; the task {task.name or 'of this model'!r} keeps the "
-                    "pretrained head. Drop the plugin, or use a task such as 'SEQ_CLS'."
+                    f"{_who(plugin, origins)} needs {NEEDS['new_head']}; the task {task.name or 'of this model'!r} "
+                    "keeps the pretrained head. Drop the plugin, or use a task such as 'SEQ_CLS'."
                 )
 
 
@@ -152,7 +155,9 @@ def plan_stages(plugins: Sequence[Plugin], origins: Mapping[str, str]) -> tuple[
             continue
         stages = tuple(plugin.plan_stages(stages))
         if not stages or not all(isinstance(s, Stage) for s in stages):
-            raise PluginError(f"{_who(plugin, origins)} returned {stages!r} from plan_stages; expected Stages, at least one.")
+            raise PluginError(
+                f"{_who(plugin, origins)} returned {stages!r} from plan_stages; expected Stages, at least one."
+            )
     names = [s.name for s in stages]
     if len(set(names)) < len(names):
         raise PluginError(f"Two stages of the plan have one name: {names}. Each plugin that adds stages names its own.")
@@ -175,7 +180,9 @@ def _items(method: Any, loose: dict[str, Any]) -> list[tuple[Any, dict[str, Any]
             if not isinstance(name, str):
                 raise MethodError(f"The keys of a method mapping are names; {name!r} is a {type(name).__name__}.")
             if settings is not None and not isinstance(settings, Mapping):
-                raise MethodError(f"The settings of {name!r} are {settings!r}; expected a mapping such as {{'{name}': {{…}}}}.")
+                raise MethodError(
+                    f"The settings of {name!r} are {settings!r}; expected a mapping such as {{'{name}': {{…}}}}."
+                )
             pairs.append((name, dict(settings or {})))
         if not pairs:
             raise MethodError("The method is empty: name a tuner, e.g. method='lora'.")
@@ -187,13 +194,13 @@ def _items(method: Any, loose: dict[str, Any]) -> list[tuple[Any, dict[str, Any]
     return [(method, {})]
 
 
-def _build(item: Any, settings: dict[str, Any]) -> tuple[Tuner | Plugin, str]:
+def _build(item: Any, settings: dict[str, Any], task_type: str | None) -> tuple[Tuner | Plugin, str]:
     if isinstance(item, str):
         entry = registry.find(item, ("tuner", "plugin"))
         if entry.kind == "plugin":
             cls = registry.load(entry)
             return make(cls, settings, f"plugin {item!r} ({entry.origin})"), entry.origin
-        return _named_tuner(entry, settings), entry.origin
+        return _named_tuner(entry, settings, task_type), entry.origin
     if isinstance(item, Plugin):
         return _copied_plugin(item), _origin_of(item)
     if isinstance(item, type) and issubclass(item, Plugin):
@@ -210,7 +217,7 @@ def _build(item: Any, settings: dict[str, Any]) -> tuple[Tuner | Plugin, str]:
     )
 
 
-def _named_tuner(entry: Entry, settings: dict[str, Any]) -> Tuner:
+def _named_tuner(entry: Entry, settings: dict[str, Any], task_type: str | None) -> Tuner:
     if entry.name in CORE_TUNERS and not entry.target:
         if settings:
             raise MethodError(f"{entry.name!r} has no settings, but {', '.join(sorted(settings))} was given.")
@@ -221,13 +228,16 @@ def _named_tuner(entry: Entry, settings: dict[str, Any]) -> Tuner:
         name, fixed, _ = VARIANTS.get(entry.name, (entry.name, {}, ""))
         clash = sorted(k for k, v in fixed.items() if settings.get(k, v) != v)
         if clash:
-            raise MethodError(f"{entry.name!r} means {name!r} with {dict(fixed)}; {clash[0]}={settings[clash[0]]!r} undoes it.")
+            raise MethodError(
+                f"{entry.name!r} means {name!r} with {dict(fixed)}; {clash[0]}={settings[clash[0]]!r} undoes it."
+            )
         settings = {**settings, **fixed}
         config_class = _peft_config_class(name)
         entry = Entry(name, "tuner", entry.distribution, entry.version)
     if issubclass(config_class, _prompt_learning()):
         # PEFT has no default and fails later on None; 20 is what its own examples use.
         settings.setdefault("num_virtual_tokens", 20)
+    settings.setdefault("task_type", task_type)
     return Tuner(entry.name, make(config_class, settings, f"tuner {entry.name!r} ({entry.origin})"), entry.origin)
 
 
@@ -252,7 +262,9 @@ def _copied_plugin(plugin: Plugin) -> Plugin:
     try:
         json.dumps(plugin.settings())
     except TypeError as error:
-        raise MethodError(f"plugin {plugin.name!r}: settings must be plain values, to be saved with the model: {error}") from error
+        raise MethodError(
+            f"plugin {plugin.name!r}: settings must be plain values, to be saved with the model: {error}"
+        ) from error
     return copy.deepcopy(plugin)
 
 
@@ -268,8 +280,8 @@ def _check_conflicts(plugins: Sequence[Plugin], origins: Mapping[str, str]) -> N
         for other in plugins:
             if other.name in plugin.conflicts:
                 raise MethodError(
-                    f"{_who(plugin, origins)} and {_who(other, origins)} cannot run together: {plugin.name!r} declares the "
-                    "conflict. Drop one of them."
+                    f"{_who(plugin, origins)} and {_who(other, origins)} cannot run together: {plugin.name!r} declares "
+                    "the conflict. Drop one of them."
                 )
 
 

@@ -18,7 +18,9 @@ class _Alias:
     A finder and loader by their methods alone: the abstract classes of `importlib.abc` cost 25 ms to import.
     """
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if not fullname.startswith(_OURS + "."):
             return None
         theirs = _THEIRS + fullname.removeprefix(_OURS)
@@ -27,7 +29,7 @@ class _Alias:
                 return None
         except ModuleNotFoundError:  # PEFT has no such parent either
             return None
-        return ModuleSpec(fullname, self)
+        return ModuleSpec(fullname, self)  # type: ignore[arg-type]  # a loader by its methods
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         module = importlib.import_module(_THEIRS + spec.name.removeprefix(_OURS))

@@ -110,8 +110,8 @@ class Effects:
         groups = [part for group in optimizer.param_groups for part in self._split(group)]
         if scheduled and len(groups) != len(optimizer.param_groups):
             raise MethodError(
-                f"{self._rates[0].name!r} sets a rate for each layer, but the learning-rate scheduler was already made for "
-                "the optimizer's groups. Pass optimizers=(optimizer, None), or let the Trainer make both."
+                f"{self._rates[0].name!r} sets a rate for each layer, but the learning-rate scheduler was already "
+                "made for the optimizer's groups. Pass optimizers=(optimizer, None), or let the Trainer make both."
             )
         optimizer.param_groups[:] = groups
 
@@ -139,14 +139,18 @@ class Effects:
         changed = wanted != self._wanted
         if changed:
             self._wanted = wanted
-            self.plan.timeline.append(Change(self.stage.name, run.step, run.max_steps, frozenset(self.groups(wanted.__getitem__))))
+            self.plan.timeline.append(
+                Change(self.stage.name, run.step, run.max_steps, frozenset(self.groups(wanted.__getitem__)))
+            )
         return changed
 
     def _asks(self, run: Run, param: Param) -> bool:
         answers = [plugin.may_train(run, param) for plugin in self._gates]
         for plugin, answer in zip(self._gates, answers, strict=True):
             if not isinstance(answer, bool):
-                raise PluginError(f"plugin {plugin.name!r}: may_train returned {answer!r} for {param.name}; expected a bool.")
+                raise PluginError(
+                    f"plugin {plugin.name!r}: may_train returned {answer!r} for {param.name}; expected a bool."
+                )
         return all(answers)
 
     def _earliest_change(self, run: Run) -> int | None:
@@ -197,8 +201,8 @@ class Effects:
                 continue
             if rate is None:
                 raise MethodError(
-                    f"{self._rates[0].name!r} scales the learning rate, but the optimizer computes its own (lr=None): set "
-                    "relative_step=False and a learning rate."
+                    f"{self._rates[0].name!r} scales the learning rate, but the optimizer computes its own (lr=None): "
+                    "set relative_step=False and a learning rate."
                 )
             # Not in place: capturable optimizers keep the rate in a tensor that the scheduler still holds.
             group["lr"] = rate * self.scale(run, param)
@@ -215,7 +219,9 @@ class Effects:
         for plugin in self._rates:
             factor = plugin.lr_scale(run, param)
             if not (isinstance(factor, (int, float)) and math.isfinite(factor) and factor >= 0):
-                raise PluginError(f"plugin {plugin.name!r}: lr_scale returned {factor!r} for {param.name}; expected ≥ 0.")
+                raise PluginError(
+                    f"plugin {plugin.name!r}: lr_scale returned {factor!r} for {param.name}; expected ≥ 0."
+                )
             product *= factor
         return product
 

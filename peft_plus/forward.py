@@ -13,7 +13,9 @@ from .layers import transformers_model
 _LABELS = ("labels", "start_positions", "end_positions", "shift_labels")
 
 
-def second_pass(model: nn.Module, batch: Mapping[str, Any], perturb: Mapping[str, Tensor | Callable[[Tensor], Tensor]]) -> Any:
+def second_pass(
+    model: nn.Module, batch: Mapping[str, Any], perturb: Mapping[str, Tensor | Callable[[Tensor], Tensor]]
+) -> Any:
     """Run `model` over `batch` again, adding noise inside. See `Run.forward`."""
     unknown = sorted(set(perturb) - {"embeddings"})
     if unknown:
@@ -24,14 +26,15 @@ def second_pass(model: nn.Module, batch: Mapping[str, Any], perturb: Mapping[str
     noise = _Noise(perturb["embeddings"])
     handle = _embeddings(model).register_forward_hook(noise)
     try:
-        # `forward`, not `__call__`: Accelerate's autocast wraps `forward`, and hooks of the first pass must not run twice.
+        # `forward`, not `__call__`: Accelerate's autocast wraps `forward`, and hooks of the first pass must not run
+        # twice.
         output = model.forward(**kwargs)
     finally:
         handle.remove()
     if not noise.used:
         raise ValueError(
-            "The input embeddings never ran in this pass, so there was nothing to perturb: the batch gives `inputs_embeds` "
-            "itself. Give `input_ids`."
+            "The input embeddings never ran in this pass, so there was nothing to perturb: the batch gives "
+            "`inputs_embeds` itself. Give `input_ids`."
         )
     return output
 
@@ -51,8 +54,8 @@ class _Noise:
         noised = (output.float() + delta.float()).to(output.dtype)
         if output.dtype in (torch.bfloat16, torch.float16) and bool(delta.any()) and torch.equal(noised, output):
             raise ValueError(
-                f"Noise of size {float(delta.abs().max()):.1e} vanishes in {output.dtype} embeddings. Load the model in fp32 "
-                "and train with bf16=True (autocast), or use larger noise."
+                f"Noise of size {float(delta.abs().max()):.1e} vanishes in {output.dtype} embeddings. Load the model "
+                "in fp32 and train with bf16=True (autocast), or use larger noise."
             )
         return noised
 

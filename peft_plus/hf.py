@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -21,17 +21,24 @@ from .effects import Effects
 from .errors import EngagementError, MethodError
 from .layers import transformers_model
 from .losses import StepTotals
-from .plugin import LossTerm, Run
+from .plugin import LossTerm, Plugin, Run
 from .stages import Stage
 from .tasks import infer_task
 from .timeline import label
 
+if TYPE_CHECKING:
+    _Trainer = transformers.Trainer
+else:
+    _Trainer = object  # stands before any Trainer class in the order of resolution
+
 logger = logging.getLogger(__name__)
 
 
-class Bridge:
+class Bridge(_Trainer):
     """What `with_plugins` puts in front of a Trainer class. Its methods only hand events and losses to the core."""
 
+    model: Any
+    optimizer: Any
     stage: Stage | None = None
     _effects: Effects | None = None
     _watch: proof.Engagement | None = None
@@ -39,6 +46,7 @@ class Bridge:
     _rank_offset: int = 0
     _seen: int = 0
     _in_step: bool = False
+    _asked: bool = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         plan, model = _plan_in(args, kwargs)
@@ -61,8 +69,8 @@ class Bridge:
         plan = plan_of(self.model)
         if plan and self.stage is None and len(plan.stages) > 1:
             raise MethodError(
-                f"This method runs in {len(plan.stages)} stages ({', '.join(s.name for s in plan.stages)}), one Trainer each: "
-                "call peft_plus.fit(model, args, train_dataset=…) instead of Trainer.train()."
+                f"This method runs in {len(plan.stages)} stages ({', '.join(s.name for s in plan.stages)}), one "
+                "Trainer each: call peft_plus.fit(model, args, train_dataset=…) instead of Trainer.train()."
             )
         try:
             return super().train(*args, **kwargs)
@@ -95,8 +103,9 @@ class Bridge:
         # The best checkpoint may be older than a layer's thawing: prove first, then load.
         self._prove()
         super()._load_best_model()
-        if (Path(self.state.best_model_checkpoint) / THAWED).is_file():
-            load_thawed(self.model, self.state.best_model_checkpoint)
+        best = self.state.best_model_checkpoint
+        if best and (Path(best) / THAWED).is_file():
+            load_thawed(self.model, best)
 
     # ---- events, called by _Events -----------------------------------------------------------------------------
 
@@ -155,11 +164,13 @@ class Bridge:
         plan = self._effects.plan
         rows, strays = watch.finish()
         plan.engagement[self._effects.stage.name] = rows
-        logger.info("What trained in stage %r:\n%s", self._effects.stage.name, proof.table(rows, plan.layers.num_blocks))
+        logger.info(
+            "What trained in stage %r:\n%s", self._effects.stage.name, proof.table(rows, plan.layers.num_blocks)
+        )
         try:
             proof.check(rows, strays, plan.layers.num_blocks)
         except EngagementError as error:
-            folder = Path(self.args.output_dir) / "unproven"
+            folder = Path(self.args.output_dir or ".") / "unproven"
             self.save_model(str(folder))
             raise EngagementError(f"{error} The weights as they are were saved in {str(folder)!r}.") from None
 
@@ -171,16 +182,24 @@ class Bridge:
         return samples, items
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._in_step = True
+        self._in_step, self._asked = True, False
         try:
-            return super().training_step(*args, **kwargs)
+            loss = super().training_step(*args, **kwargs)
         finally:
             self._in_step = False
+        silent = [] if self._asked else self._term_plugins()
+        if silent:
+            raise MethodError(
+                f"plugin {silent[0].name!r} adds a loss term, but {type(self).__name__}.compute_loss never asked for it. "
+                "Let it call super().compute_loss, or leave it in a Trainer class of its own and use "
+                "peft_plus.with_plugins(ThatTrainer)."
+            )
+        return loss
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: Mapping[str, Any],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
         **kwargs: Any,
@@ -193,32 +212,36 @@ class Bridge:
         # What the Trainer will divide by after this method; undone here, since every part below is scaled exactly.
         divisor = 1.0 if scaled else float(self.current_gradient_accumulation_steps)
         if self._owns_loss and not scaled:
-            loss = self._exact(loss, batch, output) * divisor
+            loss = self._exact(loss, batch) * divisor
         for term in self._terms(batch, output).values():
             loss = loss + losses.contribution(term, self._totals) * divisor
         return (loss, output) if return_outputs else loss
 
-    def _exact(self, loss: Tensor, batch: Mapping[str, Any], output: Any) -> Tensor:
+    def _exact(self, loss: Tensor, batch: Mapping[str, Any]) -> Tensor:
         """The task's mean over this micro-batch, rescaled to its share of the mean over the whole step."""
         assert self._totals is not None
         count = float(self._task.count(batch))
-        if count == 0:  # the mean over nothing is NaN; its share of the step is nothing
-            return self._task.loss(output, batch).sum
+        if count == 0:  # the mean over nothing is NaN; its share of the step is nothing, still with a graph
+            return loss.nan_to_num() * 0
         # The share first: with one micro-batch it is exactly 1 and the loss stays what it was, bit for bit.
-        return loss * (count * self._totals.processes / float(self._totals.labels))
+        return loss * (count * self._totals.processes / self._totals.labels)
 
     def _terms(self, batch: Mapping[str, Any], output: Any) -> dict[str, LossTerm]:
-        if self._effects is None:
-            return {}
-        plugins = [p for p in self._effects.plan.active(self._effects.stage) if "loss_terms" in p.hooks()]
+        plugins = self._term_plugins()
         if not plugins:
             return {}
+        self._asked = True
         self._run.batch, self._run.first_example = batch, self._rank_offset + self._seen
         terms = losses.collect(plugins, self._run, batch, output)
         self._seen += _rows(batch) * self.accelerator.num_processes
         for name, term in terms.items():
             self._means.setdefault(name, []).append(losses.mean(term))
         return terms
+
+    def _term_plugins(self) -> list[Plugin]:
+        if self._effects is None:
+            return []
+        return [p for p in self._effects.plan.active(self._effects.stage) if "loss_terms" in p.hooks()]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -240,15 +263,15 @@ class Bridge:
         """Labels and rows of the whole optimizer step, over all micro-batches and processes."""
         if not samples or not all(isinstance(batch, Mapping) for batch in samples):
             return None
-        labels = sum((torch.as_tensor(self._task.count(b)).cpu() for b in samples), start=torch.tensor(0))
-        rows = torch.tensor([_rows(batch) for batch in samples])
-        counts = torch.stack([labels.double(), rows.sum().double()])
+        rows = [_rows(batch) for batch in samples]
+        labels = sum(float(self._task.count(batch)) for batch in samples)
+        counts = torch.tensor([labels, sum(rows)], dtype=torch.float64)
         processes = self.accelerator.num_processes
         self._rank_offset = 0
         if processes > 1:
             counts = self.accelerator.reduce(counts.to(self.args.device), "sum").cpu()
-            self._rank_offset = self.accelerator.process_index * int(rows[0])
-        return StepTotals(counts[0].to(torch.float32), counts[1].to(torch.float32), len(samples), processes)
+            self._rank_offset = self.accelerator.process_index * rows[0]
+        return StepTotals(float(counts[0]), float(counts[1]), len(samples), processes)
 
 
 class _Events(TrainerCallback):
@@ -273,7 +296,7 @@ class _Events(TrainerCallback):
         self._trainer._prove()
 
 
-@lru_cache(maxsize=None)
+@cache
 def with_plugins(trainer_class: type[Any]) -> type[Any]:
     """A subclass of any Trainer class that runs the plans of our models.
 
@@ -289,7 +312,11 @@ def with_plugins(trainer_class: type[Any]) -> type[Any]:
         raise TypeError(f"with_plugins takes a subclass of transformers.Trainer, not {trainer_class!r}.")
     if issubclass(trainer_class, Bridge):
         return trainer_class
-    return type(trainer_class.__name__, (Bridge, trainer_class), {"__module__": trainer_class.__module__, "__doc__": trainer_class.__doc__})
+    return type(
+        trainer_class.__name__,
+        (Bridge, trainer_class),
+        {"__module__": trainer_class.__module__, "__doc__": trainer_class.__doc__},
+    )
 
 
 class Trainer(Bridge, transformers.Trainer):
@@ -307,8 +334,8 @@ def _plan_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Plan | N
     inner = getattr(model, "_orig_mod", None)
     if plan_of(inner) is not None:
         raise MethodError(
-            "The model was wrapped by torch.compile, which hides its plan. Give the Trainer the model itself, and compile with "
-            "TrainingArguments(torch_compile=True)."
+            "The model was wrapped by torch.compile, which hides its plan. Give the Trainer the model itself, and "
+            "compile with TrainingArguments(torch_compile=True)."
         )
     return plan_of(model), model
 
@@ -351,8 +378,8 @@ def _first_definition(cls: type[Any], method: str) -> type[Any]:
 def _scales_by_items(model: nn.Module) -> bool:
     """Whether the model's own loss really divides by `num_items_in_batch`.
 
-    Only `ForCausalLMLoss`, called by the model's forward through `self.loss_function`, is known to; a model may also say
-    so itself (`accepts_loss_kwargs`).
+    Only `ForCausalLMLoss`, called by the model's forward through `self.loss_function`, is known to; a model may also
+    say so itself (`accepts_loss_kwargs`).
     """
     base = transformers_model(model)
     declared = getattr(base, "accepts_loss_kwargs", None)
@@ -360,6 +387,6 @@ def _scales_by_items(model: nn.Module) -> bool:
         return bool(declared)
     from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-    causal = LOSS_MAPPING.get(getattr(base, "loss_type", None)) is ForCausalLMLoss
+    causal = LOSS_MAPPING.get(getattr(base, "loss_type", None) or "") is ForCausalLMLoss
     encoder_decoder = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
     return causal and not encoder_decoder and "loss_function(" in inspect.getsource(inspect.unwrap(type(base).forward))

@@ -5,37 +5,22 @@ the order in which each module's own `forward` names its children, since registr
 registers its final norm before the blocks, BART its embedding norm after them). Where there is no source to read,
 registration order decides. Nothing runs and no weight is touched, so meta and quantised models are fine.
 
-What everyone may rely on: a parameter that is used before the output of block k exists has a depth ≤ k, so freezing
-depths 0..k freezes all that this output is computed from.
+What everyone may rely on, within one stack: a parameter that is used before the output of block k exists has a depth
+≤ k, so freezing depths 0..k freezes all that this output is computed from. (A decoder block reads the encoder too.)
 """
 
 from __future__ import annotations
 
-import ast
-import inspect
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 from peft import PeftMixedModel, PeftModel
 from torch import nn
 from transformers import MODEL_MAPPING, PreTrainedConfig
 
-Stack = tuple[str, ...]
-"""Names of the blocks of one stack, from its input to its output."""
-
-_COUNTS = (
-    "num_hidden_layers",
-    "num_layers",
-    "encoder_layers",
-    "decoder_layers",
-    "num_encoder_layers",
-    "num_decoder_layers",
-)
-"""Where configs say how many blocks there are; transformers maps the older words (`n_layer`, …) to the first."""
+from .blocks import Stack, is_norm, stacks_of
+from .run_order import in_run_order
 
 
 @dataclass(frozen=True)
@@ -68,7 +53,7 @@ def layer_map(model: nn.Module) -> Layers:
         ValueError: no list of blocks, e.g. because all layers share one set of weights.
     """
     inner = transformers_model(model)
-    stacks = _stacks(inner)
+    stacks = stacks_of(inner)
     num_blocks = max(map(len, stacks))
     depth_of: dict[int, int] = {}
     for place, depth in _places(inner, stacks):
@@ -108,8 +93,8 @@ def find_heads(model: nn.Module) -> tuple[str, ...]:
     if base is not inner:
         trunk = {name for name, child in inner.named_children() if any(module is base for module in child.modules())}
     else:
-        trunk = {block.split(".")[0] for block in _block_depths(_stacks(inner))}
-    children = _in_run_order(inner)
+        trunk = {block.split(".")[0] for block in _block_depths(stacks_of(inner))}
+    children = in_run_order(inner)
     last = max((i for i, child in enumerate(children) if child.name in trunk), default=-1)
     loops = set(children[last].use.loops)  # what runs between the blocks is no head
     return tuple(
@@ -117,7 +102,7 @@ def find_heads(model: nn.Module) -> tuple[str, ...]:
         for child in children[last + 1 :]
         if isinstance(child.place, nn.Module)
         and loops.isdisjoint(child.use.loops)
-        and (base is not inner or not _is_norm(child.place))
+        and (base is not inner or not is_norm(child.place))
     ) or _output_embeddings(inner, base)
 
 
@@ -156,112 +141,7 @@ def depth_label(depth: int, num_blocks: int) -> str:
     return "embeddings" if depth == 0 else "head" if depth > num_blocks else f"block {depth}"
 
 
-# --- Which modules are the blocks ---
-
-
-def _stacks(model: nn.Module) -> list[Stack]:
-    """The stacks of blocks: two in an encoder-decoder, else one."""
-    config: Any = getattr(model, "config", None)
-    paired = bool(getattr(config, "is_encoder_decoder", False))
-    configs = [config]
-    root = ""
-    if paired:
-        configs += [sub for sub in vars(config).values() if isinstance(sub, PreTrainedConfig)]
-    elif isinstance(config, PreTrainedConfig) and (text := config.get_text_config()) is not config:
-        configs = [text]
-        root = next((n for n, m in model.named_modules() if type(getattr(m, "config", None)) is type(text)), "")
-    counts = {n for c in configs for key in _COUNTS if isinstance(n := getattr(c, key, None), int)}
-    stages = [v for c in configs for v in getattr(c, "__dict__", {}).values() if _is_counts(v)]
-    found: dict[str, Stack] = {}
-    for name, module in _lists(model):
-        if not name.startswith(root) or any(name.startswith(f"{outer}.") for outer in found):
-            continue  # the sub-layers of a block may be as many as the blocks
-        if staged := next(filter(None, (_staged(name, module, lengths) for lengths in stages)), None):
-            found[name] = staged
-        elif len(module) in counts:
-            found[name] = _items(name, module)
-    if not found:
-        return [_longest(model, counts)]
-    # A head may be as long as the stack: the blocks are what most parameters are in.
-    largest = sorted(found, key=lambda name: _size(model.get_submodule(name)), reverse=True)[: 1 + paired]
-    return [found[name] for name in found if name in largest]
-
-
-def _longest(model: nn.Module, counts: set[int]) -> Stack:
-    """Without a config that counts them: the longest list of modules of one class, of which there are two or more."""
-    alike = [(name, x) for name, x in _lists(model) if len(x) > 1 and len({type(child) for child in x}) == 1]
-    if alike:
-        name, module = max(alike, key=lambda item: (len(item[1]), _size(item[1])))
-        owner, _, attribute = name.rpartition(".")
-        use = _uses(type(model.get_submodule(owner))).get(attribute)
-        shares_weights = use is not None and use.loops and not use.iterated and len(module) < max(counts, default=0)
-        if not shares_weights:
-            return _items(name, module)
-    sizes = " or ".join(map(str, sorted(counts))) or "config.num_hidden_layers"
-    raise ValueError(
-        f"{type(model).__name__} has no list of blocks, so its parameters have no depth. Looked for an nn.ModuleList "
-        f"or nn.Sequential of {sizes} modules (what the config counts), for stages of config.depths blocks, and for the "
-        "longest list of modules of one class. In a model that runs the same layers again and again every layer is the "
-        "same weights: train it without methods that tell layers apart."
-    )
-
-
-def _lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList | nn.Sequential]]:
-    """Every list all of whose items have parameters, outer ones first."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) and all(map(_has_parameters, module)):
-            yield name, module
-
-
-def _staged(name: str, stages: nn.ModuleList | nn.Sequential, lengths: Sequence[int]) -> Stack:
-    """The blocks of all stages in order, or () when stage i does not hold a list of `lengths[i]` of them."""
-    if len(stages) != len(lengths):
-        return ()
-    blocks: list[str] = []
-    for stage, length in zip(_items(name, stages), lengths, strict=True):
-        lists = [(path, x) for path, x in _lists(stages.get_submodule(stage.rpartition(".")[2])) if len(x) == length]
-        if not lists:
-            return ()
-        path, blocks_of_stage = max(lists, key=lambda item: _size(item[1]))  # not its downsampling, if a list as well
-        blocks += _items(f"{stage}.{path}" if path else stage, blocks_of_stage)
-    return tuple(blocks)
-
-
-def _items(name: str, module: nn.Module) -> Stack:
-    return tuple(f"{name}.{child}" if name else child for child in module._modules)
-
-
-def _is_counts(value: object) -> bool:
-    return isinstance(value, list | tuple) and bool(value) and all(type(n) is int for n in value)
-
-
-def _has_parameters(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is not None
-
-
-def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return all(parameter.ndim <= 1 for parameter in module.parameters())
-
-
 # --- What lies beside the blocks ---
-
-
-class _Use(NamedTuple):
-    """Where a `forward` first names an attribute: as the how-manieth, inside which loops, as what is looped over."""
-
-    order: int
-    loops: tuple[int, ...] = ()
-    iterated: bool = False
-
-
-class _Child(NamedTuple):
-    name: str
-    place: nn.Module | nn.Parameter
-    use: _Use
 
 
 def _block_depths(stacks: Sequence[Stack]) -> dict[str, int]:
@@ -286,7 +166,7 @@ def _places(model: nn.Module, stacks: Sequence[Stack]) -> list[tuple[nn.Module |
     def walk(module: nn.Module, prefix: str, now: int) -> int:
         """Place all that is in `module`; `now` is the depth of what runs next."""
         nonlocal unfinished
-        children = _in_run_order(module)
+        children = in_run_order(module)
         looped = [child for child in children if prefix + child.name in holders and child.use.loops]
         for child in children:
             name, place = prefix + child.name, child.place
@@ -321,96 +201,13 @@ def _ancestors(name: str) -> Iterator[str]:
         yield name
 
 
-def _in_run_order(module: nn.Module) -> list[_Child]:
-    """The children with parameters and the own parameters of `module`, sorted by where its `forward` names them first.
-
-    One that `forward` does not name stays behind the one registered before it.
-    """
-    uses = _uses(type(module))
-    children: list[_Child] = []
-    before = _Use(-1)
-    for name, place in chain(module.named_parameters(recurse=False), module.named_children()):
-        if isinstance(place, nn.Parameter) or _has_parameters(place):
-            before = uses.get(name, _Use(before.order))
-            children.append(_Child(name, place, before))
-    return sorted(children, key=lambda child: child.use.order)
-
-
-@lru_cache(maxsize=512)
-def _uses(cls: type[nn.Module]) -> Mapping[str, _Use]:
-    """Attribute → its first use in `cls.forward`, with the methods of the same file that it calls read in place."""
-    reader = _Reader(cls)
-    reader.read("forward")
-    return reader.uses
-
-
-class _Reader(ast.NodeVisitor):
-    """Reads `self.x` in the order of evaluation: in `self.head(self.norm(x))` the norm comes first."""
-
-    def __init__(self, cls: type[nn.Module]) -> None:
-        self.cls = cls
-        self.uses: dict[str, _Use] = {}
-        self.loops: tuple[int, ...] = ()
-        self.num_loops = 0
-        self.in_head = False
-        self.reading: set[str] = set()
-
-    def read(self, name: str) -> None:
-        function = inspect.unwrap(getattr(self.cls, name, None))  # type: ignore[arg-type]
-        if not inspect.isfunction(function) or name in self.reading:
-            return
-        if function.__module__ != inspect.unwrap(self.cls.forward).__module__:
-            return
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-        except (OSError, SyntaxError):  # no source: registration order decides
-            return
-        self.reading.add(name)
-        for node in tree.body:
-            for statement in getattr(node, "body", ()):
-                self.visit(statement)
-
-    def visit_Attribute(self, node: ast.Attribute) -> None:
-        self.visit(node.value)
-        if isinstance(node.value, ast.Name) and node.value.id == "self":
-            self.uses.setdefault(node.attr, _Use(len(self.uses), self.loops, self.in_head))
-            self.read(node.attr)
-
-    def visit_Call(self, node: ast.Call) -> None:
-        if isinstance(node.func, ast.Name) and node.func.id in ("len", "hasattr"):
-            return  # asks about the module, does not run it
-        for child in (*node.args, *node.keywords, node.func):
-            self.visit(child)
-
-    def visit_Compare(self, node: ast.Compare) -> None:
-        if not isinstance(node.ops[0], ast.Is | ast.IsNot):
-            self.generic_visit(node)
-
-    def visit_For(self, node: ast.For) -> None:
-        self._loop([node.iter], node.body)
-
-    def visit_While(self, node: ast.While) -> None:
-        self._loop([], node.body)
-
-    def _loop(self, head: Sequence[ast.AST], body: Sequence[ast.AST]) -> None:
-        outer, self.num_loops = self.loops, self.num_loops + 1
-        self.loops = (*outer, self.num_loops)
-        self.in_head = True
-        for node in head:
-            self.visit(node)
-        self.in_head = False
-        for node in body:
-            self.visit(node)
-        self.loops = outer
-
-
 # --- Heads ---
 
 
 def _base_classes(model: nn.Module) -> tuple[type, ...]:
     """The classes that AutoModel builds for this config, which have no head."""
-    config: Any = getattr(model, "config", None)
-    found = MODEL_MAPPING.get(type(config), ()) if isinstance(config, PreTrainedConfig) else ()
+    config = getattr(model, "config", None)
+    found: Any = MODEL_MAPPING.get(type(config), ()) if isinstance(config, PreTrainedConfig) else ()
     return tuple(found) if isinstance(found, tuple | list) else (found,)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +22,16 @@ if TYPE_CHECKING:
     from .tasks import Task
 
 SCHEMES = ("nf4", "int8")
-_CONFIG_KWARGS = ("cache_dir", "force_download", "gguf_file", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
+_CONFIG_KWARGS = (
+    "cache_dir",
+    "force_download",
+    "gguf_file",
+    "local_files_only",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
 
 
 @dataclass(frozen=True)
@@ -56,10 +66,10 @@ def open_source(name: str | os.PathLike[str], task: Task, model_kwargs: Mapping[
     config = AutoConfig.from_pretrained(name, **wanted, **task.config_kwargs())
     auto_class = task.auto_class(config)
     if type(config) not in auto_class._model_mapping and not wanted.get("trust_remote_code"):
-        fitting = [t for t in _tasks_of(config)]
+        fitting = _tasks_of(config)
         raise MethodError(
-            f"{name!r} is a {config.model_type!r} model, which transformers has no {auto_class.__name__} for, so it cannot "
-            f"do the task {task.name!r}. Tasks it can do: {', '.join(fitting) or 'none'}."
+            f"{name!r} is a {config.model_type!r} model, which transformers has no {auto_class.__name__} for, so it "
+            f"cannot do the task {task.name!r}. Tasks it can do: {', '.join(fitting) or 'none'}."
         )
     with torch.device("meta"):
         skeleton = auto_class.from_config(config, trust_remote_code=bool(wanted.get("trust_remote_code")))
@@ -85,21 +95,17 @@ def load(source: Source, quantization: BitsAndBytesConfig | None, kwargs: Mappin
 
 
 def quantization_config(quantization: Any, skeleton: nn.Module, dtype: Any) -> BitsAndBytesConfig | None:
-    """What the user asked for as a `BitsAndBytesConfig`, with the task's head left unquantised so that it can train.
-
-    Raises:
-        MethodError: an unknown scheme, or a config object of another kind.
-    """
+    """What the user asked for as a `BitsAndBytesConfig`, with the task's head left unquantised so that it can train."""
     if quantization is None:
         return None
     from transformers import BitsAndBytesConfig
 
-    if isinstance(quantization, BitsAndBytesConfig):
-        return quantization
-    if quantization not in SCHEMES:
-        hint = nearest(quantization, SCHEMES) if isinstance(quantization, str) else ""
-        raise MethodError(f"quantization={quantization!r} is unknown.{hint} Give 'nf4', 'int8' or a BitsAndBytesConfig.")
     skip = list(find_heads(skeleton))
+    if isinstance(quantization, BitsAndBytesConfig):
+        # transformers' own default leaves out the head only where its last tensor is a weight: not BERT's classifier.
+        config = copy.deepcopy(quantization)
+        config.llm_int8_skip_modules = [*(config.llm_int8_skip_modules or []), *skip] or None
+        return config
     if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
     return BitsAndBytesConfig(
@@ -111,11 +117,22 @@ def quantization_config(quantization: Any, skeleton: nn.Module, dtype: Any) -> B
     )
 
 
-def scheme_of(quantization: BitsAndBytesConfig | None) -> str | None:
-    """`int8`, `nf4` or `fp4`, or None."""
-    if quantization is None:
-        return None
-    return "int8" if quantization.load_in_8bit else str(quantization.bnb_4bit_quant_type)
+def scheme_of(quantization: Any) -> str | None:
+    """`int8`, `nf4` or `fp4`, or None.
+
+    Raises:
+        MethodError: an unknown scheme, or a config object of another kind.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if isinstance(quantization, BitsAndBytesConfig):
+        return "int8" if quantization.load_in_8bit else str(quantization.bnb_4bit_quant_type)
+    if quantization is not None and quantization not in SCHEMES:
+        hint = nearest(quantization, SCHEMES) if isinstance(quantization, str) else ""
+        raise MethodError(
+            f"quantization={quantization!r} is unknown.{hint} Give 'nf4', 'int8' or a BitsAndBytesConfig."
+        )
+    return quantization
 
 
 def scheme_of_model(model: nn.Module) -> str | None:
@@ -144,10 +161,13 @@ def _check_folder(name: str) -> None:
     if path.is_dir():
         if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
             raise MethodError(
-                f"{name!r} holds a PEFT adapter, not a base model. Reload it with PeftModel.from_pretrained(base, {name!r})."
+                f"{name!r} holds a PEFT adapter, not a base model. Reload it with "
+                f"PeftModel.from_pretrained(base, {name!r})."
             )
         if not (path / "config.json").is_file() and not any(path.glob("*.gguf")):
-            raise MethodError(f"The folder {name!r} holds no config.json, so it is no model that transformers can load.")
+            raise MethodError(
+                f"The folder {name!r} holds no config.json, so it is no model that transformers can load."
+            )
     elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or not name:
         raise MethodError(f"The folder {name!r} does not exist.")
 

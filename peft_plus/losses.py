@@ -28,8 +28,8 @@ class StepTotals:
         processes: how many share the step; their gradients are averaged afterwards.
     """
 
-    labels: Tensor | float
-    examples: Tensor | float
+    labels: float
+    examples: float
     micro_batches: int
     processes: int = 1
 
@@ -64,11 +64,7 @@ def contribution(term: LossTerm, totals: StepTotals) -> Tensor:
     if term.per == "step":
         return term.sum / totals.micro_batches
     total = totals.labels if term.per == "label" else totals.examples
-    if isinstance(total, Tensor):
-        total = total.clamp(min=1).to(term.sum.device)
-    else:
-        total = max(total, 1)
-    return term.sum * totals.processes / total
+    return term.sum * (totals.processes / max(total, 1))
 
 
 def mean(term: LossTerm) -> Tensor:

@@ -77,7 +77,12 @@ class Engagement:
             if group is not None:
                 groups.setdefault(group, []).append(name)
         rows = [
-            Row(group, max((self._steps.get(n, 0) for n in names), default=0), len(names), len(moved.intersection(names)))
+            Row(
+                group,
+                max((self._steps.get(n, 0) for n in names), default=0),
+                len(names),
+                len(moved.intersection(names)),
+            )
             for group, names in sorted(groups.items(), reverse=True)
         ]
         return rows, sorted(moved - self._steps.keys())
@@ -89,11 +94,13 @@ def check(rows: list[Row], strays: list[str], num_blocks: int) -> None:
     wrong = []
     if idle:
         wrong.append(
-            f"{', '.join(idle)}: declared trainable, yet no tensor of it moved. Either no gradient reaches it (the loss "
-            "does not use it, or something detaches it) or the rate is too small for its dtype"
+            f"{', '.join(idle)}: declared trainable, yet no tensor of it moved. Either no gradient reaches it (the "
+            "loss does not use it, or something detaches it) or the rate is too small for its dtype"
         )
     if strays:
-        wrong.append(f"{len(strays)} frozen tensors moved, e.g. {strays[0]!r}: something outside the optimizer changed them")
+        wrong.append(
+            f"{len(strays)} frozen tensors moved, e.g. {strays[0]!r}: something outside the optimizer changed them"
+        )
     if wrong:
         raise EngagementError("What trained is not what was declared. " + "; ".join(wrong) + ".")
 

@@ -11,7 +11,7 @@ import importlib.util
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
 from typing import Any, Literal
@@ -181,31 +181,35 @@ def _entry(kind: Kind, point: EntryPoint) -> Entry:
     return Entry(point.name, kind, name, release, point.value, _summary(point.value))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _summary(target: str) -> str:
-    """First line of the docstring of `module:Class`, from the source file."""
+    """First line of the docstring of `module:Class`, from the source file; empty where that cannot be read.
+
+    A distribution that is broken must not stop the work of those who did not name it; loading it tells what is wrong.
+    """
     module, _, attribute = target.partition(":")
     package, *rest = module.split(".")
-    folder = _package_folder(package)
-    path = folder.joinpath(*rest)
-    source = path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py"
-    if not source.is_file():
+    try:
+        path = _package_folder(package).joinpath(*rest)
+        source = path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py"
+        tree = ast.parse(source.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError, PluginError):
         return ""
-    for node in ast.parse(source.read_text(encoding="utf-8")).body:
+    for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name == attribute:
             return _first_line(ast.get_docstring(node))
     return ""
 
 
-@lru_cache(maxsize=None)
+@cache
 def _peft_summary(name: str) -> str:
-    """First line of the docstring of a PEFT tuner's model class; empty where PEFT wrote none."""
-    folder = _package_folder("peft") / "tuners" / name
+    """First line of the docstring of a PEFT tuner's model or prompt encoder; empty where PEFT wrote none."""
+    folder, stem = _package_folder("peft") / "tuners" / name, name.replace("_", "")
     source = folder / "model.py"
     if not source.is_file():
         return ""
     for node in ast.parse(source.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ClassDef) and node.name.lower() == f"{name.replace('_', '')}model":
+        if isinstance(node, ast.ClassDef) and node.name.lower().endswith((f"{stem}model", "encoder", "embedding")):
             return _first_line(ast.get_docstring(node))
     return ""
 

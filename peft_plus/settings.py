@@ -49,7 +49,9 @@ def check_types(cls: type[Any], settings: Mapping[str, Any], label: str) -> None
     for name, value in settings.items():
         allowed = _plain_types(_annotation(cls, name))
         if allowed is not None and not any(_fits(value, one) for one in allowed):
-            expected = " or ".join("None" if t is NoneType else repr(t) if isinstance(t, str) else t.__name__ for t in allowed)
+            expected = " or ".join(
+                "None" if t is NoneType else repr(t) if isinstance(t, str) else t.__name__ for t in allowed
+            )
             raise MethodError(f"{label}: {name}={value!r} is {type(value).__name__}; expected {expected}.")
 
 

@@ -57,7 +57,9 @@ def fit(
 
     plan = plan_of(model)
     if plan is None:
-        raise MethodError("fit runs a plan, and this model has none. Make it with get_model, or call attach(model, …) first.")
+        raise MethodError(
+            "fit runs a plan, and this model has none. Make it with get_model, or call attach(model, …) first."
+        )
     args = args if args is not None else TrainingArguments()
     stage_args = [_arguments_of(stage, args, nested=len(plan.stages) > 1) for stage in plan.stages]
     outputs = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .layers import depth_label
 from .plugin import Part
 
 Group = tuple[int, Part]
@@ -24,7 +25,7 @@ class Change:
 def label(group: Group, num_blocks: int) -> str:
     """`embeddings`, `block 3` or `head`, with the part where it says something more."""
     depth, part = group
-    place = "embeddings" if depth == 0 else f"block {depth}" if depth <= num_blocks else "head"
+    place = depth_label(depth, num_blocks)
     return place if part in ("head", "base") or depth > num_blocks else f"{place} {part}"
 
 

@@ -354,6 +354,8 @@ def test_registration_order_decides_without_source() -> None:
 def test_nothing_to_number() -> None:
     with pytest.raises(ValueError, match="Linear has no list of blocks"):
         layer_map(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="one set of weights"):
+        layer_map(nn.Sequential(nn.Linear(4, 4), nn.Sequential(*[Block()] * 3)))
 
 
 def on_meta(class_name: str, settings: Any) -> nn.Module:

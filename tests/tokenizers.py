@@ -8,7 +8,7 @@ from typing import Literal
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "<s>", "</s>")
+SPECIAL = ("[PAD]", "<s>", "</s>", "[MASK]", "[UNK]", "[CLS]", "[SEP]")
 WORDS = ("the", "a", "is", "in", "on", "and", "cat", "dog", "good", "bad", "york", "paris", "what", "where", "works")
 
 
@@ -20,7 +20,7 @@ def vocabulary() -> dict[str, int]:
 
 
 def tiny_tokenizer(kind: Literal["encoder", "decoder", "seq2seq"] = "encoder", max_length: int = 64):
-    """Word pieces over 90 entries; words not in `WORDS` fall into letters.
+    """Word pieces over 90 entries, special ids as in `tests.models`; words not in `WORDS` fall into letters.
 
     Args:
         kind: `encoder` adds [CLS] … [SEP] … [SEP], `seq2seq` a closing </s>, `decoder` nothing.

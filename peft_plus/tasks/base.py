@@ -34,8 +34,8 @@ class Task(ABC):
         name: the entry-point name.
         peft_task_type: what PEFT's config is told; None where PEFT has no such task type.
         new_head: whether the head is freshly initialised, so that it must train whatever the tuner.
+        num_labels: None; a setting (≥ 1) in the tasks whose head has classes or regression targets.
     Attributes:
-        num_labels: classes (or regression targets) of the head, ≥ 1; only for tasks whose head has them.
         tokenizer: the one that `preprocess` was last given; the Trainer bridge makes the default collator from it.
     """
 
@@ -43,13 +43,9 @@ class Task(ABC):
     peft_task_type: ClassVar[str | None]
     new_head: ClassVar[bool]
 
-    num_labels: int | None = None
-    tokenizer: Any = field(init=False, default=None, repr=False, compare=False)
+    num_labels: ClassVar[int | None] = None
 
-    def __post_init__(self) -> None:
-        """Refuse settings that mean nothing here. Classes whose head has labels override this."""
-        if self.num_labels is not None:
-            raise ValueError(f"{self.name} has no `num_labels` (got {self.num_labels!r}): leave it out.")
+    tokenizer: Any = field(init=False, default=None, repr=False, compare=False)
 
     @classmethod
     def from_config(cls, config: PretrainedConfig) -> Task:
@@ -65,7 +61,7 @@ class Task(ABC):
         """The transformers Auto class that builds this task's model for `config`."""
 
     def config_kwargs(self) -> dict[str, Any]:
-        """What the model's config gets: `num_labels`, `problem_type`, `id2label`, …"""
+        """What the model's config gets: `num_labels`, `problem_type`, `id2label`, and so on."""
         return {}
 
     def preprocess(self, dataset: Any, tokenizer: Any) -> Any:
@@ -85,7 +81,7 @@ class Task(ABC):
         encoded = {key: self._encode(source, tokenizer) for key, source in named.items()}
         return encoded[None] if None in encoded else type(dataset)(encoded)
 
-    def _learn(self, sources: list[Source]) -> None:
+    def _learn(self, sources: list[Source]) -> None:  # noqa: B027 - most tasks have nothing to learn
         """Once per `preprocess`, over all its splits: what must be the same in each (names of string labels)."""
 
     def _encode(self, source: Source, tokenizer: Any) -> Any:
@@ -97,7 +93,7 @@ class Task(ABC):
         """What turns a list of preprocessed rows into a padded batch: one of transformers' own collators."""
 
     def count(self, batch: Mapping[str, Any]) -> Tensor | int:
-        """Over how many labels the model's own mean loss of `batch` averages: scalar, shape (), on the labels' device."""
+        """Over how many labels the model's own mean loss of `batch` averages: shape (), on the labels' device."""
         return (labels_of(batch, self.name) != IGNORED).sum()
 
     def loss(self, output: Any, batch: Mapping[str, Any]) -> LossTerm:
@@ -144,8 +140,8 @@ def own_loss(output: Any, batch: Mapping[str, Any], where: str) -> Tensor:
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if loss is None:
         raise ValueError(
-            f"{where or 'the task'}: the model returned no loss for a batch with {sorted(batch)}. The forward needs the "
-            "labels, and the model must belong to the task (`task=`)."
+            f"{where or 'the task'}: the model returned no loss for a batch with {sorted(batch)}. The forward needs "
+            "the labels, and the model must belong to the task (`task=`)."
         )
     return loss
 
@@ -189,7 +185,7 @@ def first_array(predictions: Any) -> np.ndarray:
 
 
 def require_pad(tokenizer: Any, where: str) -> None:
-    """Refuse a tokenizer that cannot pad, with the fix. (The tokenizer is the user's: it is never changed here.)"""
+    """Refuse a tokenizer that cannot pad, with the fix; the tokenizer is the user's and never changed here."""
     if tokenizer.pad_token_id is None:
         raise ValueError(
             f"{where}: the tokenizer has no pad token, so rows of different length cannot share a batch. "

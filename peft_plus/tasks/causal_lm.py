@@ -50,7 +50,6 @@ class CausalLM(Task):
     max_length: int | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_positive(self.max_length, "max_length", self.name)
         if self.text is not None and (self.prompt is not None or self.completion is not None):
             raise ValueError(f"{self.name}: rows are either `text` or `prompt` + `completion`, not both.")

@@ -36,6 +36,14 @@ def name_maps(label_names: Sequence[str] | None) -> dict[str, Any]:
     return {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
 
 
+def config_names(config: Any) -> list[str] | None:
+    """The class names of a model's config, by id; None for none and for transformers' own `LABEL_0`, …."""
+    names = [config.id2label[i] for i in sorted(config.id2label)]
+    filled_in = names == [f"LABEL_{i}" for i in range(len(names))]
+    usable = 0 < len(names) == len(set(names)) == config.num_labels
+    return names if usable and not filled_in else None
+
+
 def feature_names(feature: Any) -> list[str] | None:
     """The class names that a datasets feature declares: `ClassLabel`, or a list of them; else None."""
     inner = getattr(feature, "feature", feature)

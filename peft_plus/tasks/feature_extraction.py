@@ -38,7 +38,6 @@ class FeatureExtraction(Task):
     max_length: int | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_positive(self.max_length, "max_length", self.name)
         if isinstance(self.keep, str):
             raise ValueError(f"{self.name}: `keep` is a list of columns: `keep=[{self.keep!r}]`.")

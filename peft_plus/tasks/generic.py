@@ -31,9 +31,10 @@ class GenericTask(Task):
 
     shifts_labels: bool
 
-    def __post_init__(self) -> None:
-        if self.num_labels is not None:
-            self._refuse("`num_labels`")
+    @classmethod
+    def from_config(cls, config: PretrainedConfig) -> Task:
+        """Raises ValueError: a config does not tell a task."""
+        raise ValueError('a config alone does not tell the task. Name it: `task="SEQ_CLS"`, …')
 
     def auto_class(self, config: PretrainedConfig) -> type:
         """Raises ValueError."""

@@ -21,7 +21,9 @@ def infer_task(model: nn.Module) -> Task:
 
     base = transformers_model(model)
     config = getattr(base, "config", None)
-    for entry in entries("task").values() if config is not None else ():
+    # Masked last: BART is one class for both MASKED_LM and SEQ_2_SEQ_LM, and the second is what it generates with.
+    known = sorted(entries("task").values(), key=lambda entry: entry.name == "MASKED_LM") if config is not None else []
+    for entry in known:
         if entry.distribution != "peft-plus":
             continue  # a plugin that nobody named is never imported
         task = load(entry).from_config(config)
@@ -42,4 +44,4 @@ def _shifts(base: nn.Module) -> bool:
     from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
     encoder_decoder = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
-    return not encoder_decoder and LOSS_MAPPING.get(getattr(base, "loss_type", None)) is ForCausalLMLoss
+    return not encoder_decoder and LOSS_MAPPING.get(getattr(base, "loss_type", None) or "") is ForCausalLMLoss

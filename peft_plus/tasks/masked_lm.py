@@ -38,7 +38,6 @@ class MaskedLM(Task):
     max_length: int | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_positive(self.max_length, "max_length", self.name)
         if not 0 < self.mlm_probability <= 1:
             raise ValueError(f"{self.name}: `mlm_probability` lies in (0, 1], got {self.mlm_probability!r}.")

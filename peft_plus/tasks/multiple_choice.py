@@ -40,7 +40,6 @@ class MultipleChoice(Task):
     max_length: int | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_positive(self.max_length, "max_length", self.name)
 
     def auto_class(self, config: PretrainedConfig) -> type:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..plugin import LossTerm
 from .answer_spans import answer_of, best_answer, best_spans, context_offsets, span_f1, token_span
-from .base import Task, check_positive, keep_last, labels_of, own_loss, require_pad, summed
+from .base import Task, check_positive, keep_last, labels_of, require_pad
 from .source import Source, splits
 
 if TYPE_CHECKING:
@@ -27,6 +26,10 @@ class QuestionAnswering(Task):
 
     A context longer than the window becomes several rows, `stride` tokens overlapping; where a window does not hold the
     whole answer, or there is none, both positions are 0.
+
+    Prompt and p-tuning: PEFT puts virtual tokens in front and leaves the positions as they are, so that position p is
+    learned and read at index p of the lengthened logits. Loss, `metrics` and `answers` keep to that, or an adapter
+    would mean something else in plain PEFT; only `logits` gives the real tokens. (It learns worse: prefer another tuner.)
 
     Attributes:
         question, context, answers_column: columns; None = `question`, `context`, `answers`.
@@ -45,10 +48,8 @@ class QuestionAnswering(Task):
     max_length: int | None = None
     stride: int = 128
     max_answer_length: int = 30
-    _virtual: int = field(init=False, default=0, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_positive(self.max_length, "max_length", self.name)
         check_positive(self.max_answer_length, "max_answer_length", self.name)
         if isinstance(self.stride, bool) or not isinstance(self.stride, int) or self.stride < 0:
@@ -100,8 +101,8 @@ class QuestionAnswering(Task):
             room = length - len(ids) - special
             if room <= self.stride:
                 raise ValueError(
-                    f"{source.where}, row {row}: the question's {len(ids)} tokens leave {room} of max_length={length} for "
-                    f"the context, which must be more than stride={self.stride}. Raise `max_length` or lower `stride`."
+                    f"{source.where}, row {row}: the question's {len(ids)} tokens leave {room} of max_length={length} "
+                    f"for the context, and it must exceed stride={self.stride}. Raise `max_length` or lower `stride`."
                 )
         return tokenizer(
             questions,
@@ -126,27 +127,10 @@ class QuestionAnswering(Task):
         """Rows: a start and an end each."""
         return labels_of(batch, self.name, "start_positions").shape[0]
 
-    def loss(self, output: Any, batch: Mapping[str, Any]) -> LossTerm:
-        """The model's own mean × rows.
-
-        Not so under virtual tokens: PEFT puts them in front without moving the positions along, so that the model's own
-        loss would pull toward tokens left of the answer. There it is computed here, on the real tokens.
-        """
-        pairs = self.logits(output, batch)
-        if not self._virtual:
-            return summed(own_loss(output, batch, self.name), self.count(batch))
-        positions = [labels_of(batch, self.name, key) for key in ("start_positions", "end_positions")]
-        losses = [
-            torch.nn.functional.cross_entropy(logits.float(), at.view(-1))
-            for (logits, _), at in zip(pairs, positions, strict=True)
-        ]
-        return summed((losses[0] + losses[1]) / 2, self.count(batch))
-
     def logits(self, output: Any, batch: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
         """[(start (B, T), mask (B,)), (end (B, T), mask (B,))]: the classes are the positions of the batch's tokens."""
         tokens = batch["input_ids"] if batch.get("input_ids") is not None else batch["inputs_embeds"]
         length = tokens.shape[1]
-        self._virtual = output.start_logits.shape[1] - length
         mask = torch.ones(tokens.shape[0], dtype=torch.bool, device=output.start_logits.device)
         return [(keep_last(x, length, self.name), mask) for x in (output.start_logits, output.end_logits)]
 
@@ -154,12 +138,12 @@ class QuestionAnswering(Task):
         """Exact match and F1 of token positions, window by window; `answers` and `text_scores` give SQuAD's own.
 
         Args:
-            predictions: (start logits, end logits), each (N, T); virtual tokens are cut off as in the last loss.
+            predictions: (start logits, end logits), each (N, T).
             labels: (start positions, end positions), each (N,).
         """
         if not isinstance(predictions, tuple | list) or not isinstance(labels, tuple | list):
             raise ValueError(f"{self.name}: metrics take (start, end) logits and (start, end) positions.")
-        start, end = (np.asarray(x)[:, self._virtual :] for x in predictions[:2])
+        start, end = (np.asarray(x) for x in predictions[:2])
         predicted = list(zip(*(x.tolist() for x in best_spans(start, end)), strict=True))
         truth = list(zip(*(np.asarray(x).reshape(-1).tolist() for x in labels[:2]), strict=True))
         exact = [float(p == t) for p, t in zip(predicted, truth, strict=True)]
@@ -182,7 +166,7 @@ class QuestionAnswering(Task):
         question, context = self._columns(source)
         texts, rows = list(source.dataset[context]), list(range(len(source.dataset)))
         encoding = self._windows(source, list(source.dataset[question]), texts, rows, tokenizer)
-        start, end = (np.asarray(x)[:, self._virtual :] for x in (start, end))
+        start, end = (np.asarray(x) for x in (start, end))
         owners = encoding["overflow_to_sample_mapping"]
         if len(owners) != len(start) or len(start) != len(end):
             raise ValueError(f"{self.name}: {len(owners)} windows but logits for {len(start)} and {len(end)} rows.")

@@ -45,7 +45,6 @@ class Seq2SeqLM(Task):
     max_target_length: int | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_positive(self.max_length, "max_length", self.name)
         check_positive(self.max_target_length, "max_target_length", self.name)
         if (self.source is None) != (self.target is None):
@@ -91,7 +90,7 @@ class Seq2SeqLM(Task):
         return found[0]
 
     def collator(self, tokenizer: Any, model: Any = None) -> Callable[..., Any]:
-        """DataCollatorForSeq2Seq. Given the model it also makes `decoder_input_ids`, which a loss of one's own needs."""
+        """DataCollatorForSeq2Seq. With the model it also makes `decoder_input_ids`: a loss of one's own needs them."""
         from transformers import DataCollatorForSeq2Seq
 
         require_pad(tokenizer, self.name)

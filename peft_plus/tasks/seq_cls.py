@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .base import Distribution, Task, check_positive, first_array, labels_of, require_pad
-from .class_labels import check_classes, class_id, feature_names, learned_names, multi_hot, name_maps
+from .class_labels import check_classes, class_id, config_names, feature_names, learned_names, multi_hot, name_maps
 from .source import Source, token_columns, truncation
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class SequenceClassification(Task):
     peft_task_type: ClassVar[str | None] = "SEQ_CLS"
     new_head: ClassVar[bool] = True
 
+    num_labels: int | None = None
     problem: Problem | None = None
     text: str | None = None
     text_pair: str | None = None
@@ -65,7 +66,8 @@ class SequenceClassification(Task):
     _learned: list[str] | None = field(init=False, default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        self.num_labels = check_classes(self.num_labels, self.label_names, self.name)
+        classes = check_classes(self.num_labels, self.label_names, self.name)
+        self.num_labels = classes  # pyright: ignore[reportIncompatibleVariableOverride]
         check_positive(self.max_length, "max_length", self.name)
         if self.problem is None:
             self.problem = "regression" if self.num_labels == 1 else "single_label"
@@ -81,8 +83,8 @@ class SequenceClassification(Task):
     @classmethod
     def from_config(cls, config: PretrainedConfig) -> SequenceClassification:
         """With the config's labels, and its problem type where it names one."""
-        problem = next((p for p, name in _PROBLEM_TYPES.items() if name == config.problem_type), None)
-        return cls(num_labels=config.num_labels, problem=problem)
+        problem: Problem | None = next((p for p, kind in _PROBLEM_TYPES.items() if kind == config.problem_type), None)
+        return cls(num_labels=config.num_labels, problem=problem, label_names=config_names(config))
 
     def auto_class(self, config: PretrainedConfig) -> type:
         """AutoModelForSequenceClassification, or the image or audio classifier where the model type has only that."""
@@ -200,7 +202,7 @@ def single_label(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     predicted, labels = logits.argmax(-1)[known], labels[known]
     return {
         "accuracy": float(accuracy_score(labels, predicted)),
-        "f1": float(f1_score(labels, predicted, average="macro", zero_division=0)),
+        "f1": float(f1_score(labels, predicted, average="macro", zero_division=0)),  # pyright: ignore[reportArgumentType]
         "mcc": float(matthews_corrcoef(labels, predicted)),
     }
 
@@ -211,8 +213,8 @@ def multi_label(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
     predicted, truth = (logits > 0).astype(int), labels.astype(int)
     return {
-        "f1_micro": float(f1_score(truth, predicted, average="micro", zero_division=0)),
-        "f1_macro": float(f1_score(truth, predicted, average="macro", zero_division=0)),
+        "f1_micro": float(f1_score(truth, predicted, average="micro", zero_division=0)),  # pyright: ignore[reportArgumentType]
+        "f1_macro": float(f1_score(truth, predicted, average="macro", zero_division=0)),  # pyright: ignore[reportArgumentType]
         "subset_accuracy": float(accuracy_score(truth, predicted)),
     }
 

@@ -87,7 +87,7 @@ def splits(dataset: Any, where: str) -> dict[str | None, Source]:
     if isinstance(dataset, Dataset):
         parts: dict[str | None, Any] = {None: dataset}
     elif isinstance(dataset, DatasetDict):
-        parts = dict(dataset)
+        parts = {str(key): part for key, part in dataset.items()}
     else:
         raise TypeError(
             f"{where}: preprocess takes a datasets.Dataset or DatasetDict, not {type(dataset).__name__}. "

@@ -130,9 +130,10 @@ def detect_scheme(sequences: Sequence[Sequence[str]]) -> Scheme:
 
     Raises: ValueError: no scheme reads them all; tells where each one fails.
     """
-    faults = {scheme: first_fault(sequences, scheme) for scheme in ("IOB2", "BIOES", "BILOU", "IOB1")}
-    for scheme, fault in faults.items():
-        if fault is None:
+    order: tuple[Scheme, ...] = ("IOB2", "BIOES", "BILOU", "IOB1")
+    faults = {scheme: first_fault(sequences, scheme) for scheme in order}
+    for scheme in order:
+        if faults[scheme] is None:
             return scheme
     told = "; ".join(f"{scheme}: {fault}" for scheme, fault in faults.items())
     raise ValueError(f"no scheme reads these tags. {told}. Mend the tags, or use `scheme=None` for plain classes.")

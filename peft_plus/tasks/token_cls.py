@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from .base import IGNORED, Task, check_positive, first_array, keep_last, labels_of, require_pad
-from .class_labels import check_classes, class_id, feature_names, name_maps
+from .class_labels import check_classes, class_id, config_names, feature_names, name_maps
 from .source import Source, token_columns, truncation
 from .tag_schemes import (
     Scheme,
@@ -49,6 +49,7 @@ class TokenClassification(Task):
     peft_task_type: ClassVar[str | None] = "TOKEN_CLS"
     new_head: ClassVar[bool] = True
 
+    num_labels: int | None = None
     label_names: Sequence[str] | None = None
     tokens: str | None = None
     tags: str | None = None
@@ -59,7 +60,8 @@ class TokenClassification(Task):
     _learned: list[str] | None = field(init=False, default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        self.num_labels = check_classes(self.num_labels, self.label_names, self.name)
+        classes = check_classes(self.num_labels, self.label_names, self.name)
+        self.num_labels = classes  # pyright: ignore[reportIncompatibleVariableOverride]
         check_positive(self.max_length, "max_length", self.name)
         if self.scheme not in (None, "auto"):
             self.scheme = check_scheme(self.scheme or "", "scheme")
@@ -68,7 +70,7 @@ class TokenClassification(Task):
     @classmethod
     def from_config(cls, config: PretrainedConfig) -> TokenClassification:
         """With the config's number of labels."""
-        return cls(num_labels=config.num_labels)
+        return cls(num_labels=config.num_labels, label_names=config_names(config))
 
     def auto_class(self, config: PretrainedConfig) -> type:
         """AutoModelForTokenClassification."""
@@ -97,10 +99,12 @@ class TokenClassification(Task):
         if self._names is not None:
             return
         names: list[str] = []
+        numbered = False
         for source in sources:
             _, column = self._columns(source)
             declared = feature_names(source.dataset.features[column])
             found = declared or sorted({t for row in source.dataset[column] for t in row if isinstance(t, str)})
+            numbered = declared is not None
             names += [n for n in found if n not in names]
             if not found and self.scheme is not None:
                 raise ValueError(
@@ -110,10 +114,10 @@ class TokenClassification(Task):
         if not names:
             return
         if self.scheme is not None:
-            # Sorted by type, the letters in the scheme's order. A ClassLabel that already lists exactly these tags, or
-            # more, keeps its numbers.
+            # By type, the letters in the scheme's order. A ClassLabel that is already in this scheme keeps its numbers.
             full = scheme_names(sorted(names, key=lambda n: split_tag(n)[1]), self._out)
-            names = names if set(full) <= set(names) and not set(names) - set(full) else full
+            fits = numbered and set(names) <= set(full) and len(names) == self.num_labels
+            names = names if fits else full
         if len(names) != self.num_labels:
             raise ValueError(
                 f"{self.name}: num_labels={self.num_labels} but the data's tags make {len(names)} in "
@@ -210,7 +214,7 @@ class TokenClassification(Task):
 
             return {
                 "accuracy": float(accuracy_score(labels[known], predicted[known])),
-                "f1": float(f1_score(labels[known], predicted[known], average="macro", zero_division=0)),
+                "f1": float(f1_score(labels[known], predicted[known], average="macro", zero_division=0)),  # pyright: ignore[reportArgumentType]
             }
         if self._names is None:
             raise ValueError(f"{self.name}: spans are scored by tag names. Pass `label_names=[…]`.")

@@ -13,9 +13,9 @@ from peft_plus import Param, Plugin, Run
 class GradualUnfreeze(Plugin):
     """Thaw from the top: the head trains from the start, then one block more at a time, the embeddings last.
 
-    Phase p = ⌊step / interval⌋ trains the topmost p + 1 depths at which the tuner put something to train (Howard & Ruder
-    2018, arXiv:1801.06146, §3.3). In an encoder-decoder both stacks thaw in parallel, aligned from the top (Raffel et
-    al. 2020, arXiv:1910.10683, §3.5.1).
+    Phase p = ⌊step / interval⌋ trains the topmost p + 1 depths at which the tuner put something to train (Howard &
+    Ruder 2018, arXiv:1801.06146, §3.3). In an encoder-decoder both stacks thaw in parallel, aligned from the top
+    (Raffel et al. 2020, arXiv:1910.10683, §3.5.1).
 
     Args:
         every: the interval between two thaws: `"epoch"`, or a number of optimizer steps ≥ 1.

@@ -8,9 +8,10 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from peft_plus import LossTerm, Plugin, Run
 from torch import Tensor
 from torch.nn import functional as F
+
+from peft_plus import LossTerm, Plugin, Run
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,5 @@
+"""`python -m peft_plus` is `peft-plus`."""
+
+from .cli import main
+
+main()

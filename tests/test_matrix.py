@@ -1,0 +1,262 @@
+"""What composes: every tuner × every plugin × every precision trains, saves and reloads exactly, or is refused early.
+
+The expected outcomes are written down here; each is checked by running it. `python -m tests.test_matrix --write` checks
+them all and writes `docs/matrix.md`.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel, prepare_model_for_kbit_training
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel, TrainingArguments
+
+from peft_plus import MethodError, fit, get_model
+from tests.models import AUTO, batch, tiny
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "matrix.md"
+
+PLUGINS: dict[str, dict[str, Any]] = {
+    "gradual_unfreeze": {"every": 1},
+    "llrd": {"decay": 0.9},
+    "r3f": {"eps": 0.1},
+    "lp_ft": {"probe_epochs": 1.0},
+}
+"""The plugins, with settings that let a run of four steps show what they do."""
+
+PRECISIONS = ("fp32", "nf4", "int8")
+COLUMNS = ("none", *PLUGINS, "all that fit")
+
+REASONS = {
+    "C": ("on a CPU int8 weights lose their scales", "on a CPU, PEFT's DoRA loses the scales of int8 weights; on a GPU it works"),
+    "D": ("trainable parameters in the model's blocks", "the plugin tells parameters apart by depth; here all lie at one"),
+    "H": ("needs something to train beside the head", "`linear_probe` trains the head alone, so there is no second stage"),
+    "P": ("a freshly initialised head", "the task keeps its pretrained head, so there is nothing to probe first"),
+    "Q": ("quantised weights get no gradient", "`full` trains the base, and quantised weights get no gradient"),
+}
+"""Letter → (what the error must say, what the page says)."""
+
+EXPECTED = {
+    "SEQ_CLS": """
+        tuner          precision      none  gradual_unfreeze  llrd  r3f  lp_ft  all
+        lora           fp32,nf4,int8  +     +                 +     +    +      +
+        rslora         fp32,nf4,int8  +     +                 +     +    +      +
+        dora           fp32,nf4       +     +                 +     +    +      +
+        dora           int8           C     C                 C     C    C      C
+        ia3            fp32,nf4,int8  +     +                 +     +    +      +
+        prefix_tuning  fp32,nf4,int8  +     D                 D     +    +      +
+        prompt_tuning  fp32,nf4,int8  +     D                 D     +    +      +
+        p_tuning       fp32,nf4,int8  +     D                 D     +    +      +
+        linear_probe   fp32,nf4,int8  +     D                 D     +    H      +
+        full           fp32           +     +                 +     +    +      +
+        full           nf4,int8       Q     Q                 Q     Q    Q      Q
+    """,
+    "CAUSAL_LM": """
+        tuner          precision      none  gradual_unfreeze  llrd  r3f  lp_ft  all
+        lora           fp32,nf4,int8  +     +                 +     +    P      +
+        rslora         fp32,nf4,int8  +     +                 +     +    P      +
+        dora           fp32,nf4       +     +                 +     +    P      +
+        dora           int8           C     C                 C     C    C      C
+        ia3            fp32,nf4,int8  +     +                 +     +    P      +
+        prefix_tuning  fp32,nf4,int8  +     D                 D     +    P      +
+        prompt_tuning  fp32,nf4,int8  +     D                 D     +    P      +
+        p_tuning       fp32,nf4,int8  +     D                 D     +    P      +
+        linear_probe   fp32,nf4,int8  +     D                 D     +    PH     +
+        full           fp32           +     +                 +     +    P      +
+        full           nf4,int8       Q     Q                 Q     Q    Q      Q
+    """,
+}
+"""Task → its table: `+` works, letters are reasons of a refusal (the first is what the error says)."""
+
+MODELS = {"SEQ_CLS": "bert", "CAUSAL_LM": "llama"}
+HEADS = {"SEQ_CLS": "classifier", "CAUSAL_LM": "lm_head"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    task: str
+    tuner: str
+    column: str
+    precision: str
+    outcome: str
+    plugins: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.task}-{self.tuner}-{self.column.replace(' ', '_')}-{self.precision}"
+
+    @property
+    def method(self) -> dict[str, dict[str, Any]]:
+        return {self.tuner: {}} | {name: PLUGINS[name] for name in self.plugins}
+
+
+def rows(task: str) -> list[tuple[str, tuple[str, ...], list[str]]]:
+    """The lines of a table: tuner, precisions, outcome of each column."""
+    lines = [line.split() for line in EXPECTED[task].strip().splitlines()[1:]]
+    return [(tuner, tuple(precision.split(",")), outcomes) for tuner, precision, *outcomes in lines]
+
+
+def cells() -> Iterator[Cell]:
+    for task in EXPECTED:
+        for tuner, precisions, outcomes in rows(task):
+            fitting = tuple(p for p, outcome in zip(PLUGINS, outcomes[1:], strict=False) if outcome in ("+", "C", "Q"))
+            members = [(), *((p,) for p in PLUGINS), fitting]
+            for precision in precisions:
+                for column, outcome, plugins in zip(COLUMNS, outcomes, members, strict=True):
+                    yield Cell(task, tuner, column, precision, outcome, plugins)
+
+
+CELLS = list(cells())
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Task → folder of a saved base; 64 wide, which is what 4-bit kernels work in blocks of."""
+    folders = {}
+    for task, name in MODELS.items():
+        folders[task] = tmp_path_factory.mktemp(name)
+        wide = {"hidden_size": 64, "num_hidden_layers": 2} | ({"head_dim": 32} if name == "llama" else {})
+        tiny(name, "FEATURE_EXTRACTION" if task == "SEQ_CLS" else task, **wide).save_pretrained(folders[task])
+    return folders
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collections() -> Iterator[None]:
+    """Accelerate collects garbage around each run; what the imports left would make that the longest part of it."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def build(cell: Cell, folder: Path) -> nn.Module:
+    labels = {"num_labels": 3} if cell.task == "SEQ_CLS" else {}
+    quantization = None if cell.precision == "fp32" else cell.precision
+    return get_model(folder, cell.method, task=cell.task, quantization=quantization, **labels)
+
+
+def plain_base(cell: Cell, folder: Path) -> nn.Module:
+    """The base as a user of plain transformers and PEFT loads it."""
+    labels = {"num_labels": 3} if cell.task == "SEQ_CLS" else {}
+    auto = getattr(transformers, AUTO[cell.task])
+    if cell.precision == "fp32":
+        return auto.from_pretrained(folder, **labels)
+    skip = [HEADS[cell.task]]
+    if cell.precision == "int8":
+        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+            llm_int8_skip_modules=skip,
+        )
+    model = auto.from_pretrained(folder, quantization_config=config, **labels)
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+
+@torch.no_grad()
+def logits(model: nn.Module, cell: Cell) -> Tensor:
+    return model.eval()(**batch(MODELS[cell.task], cell.task)).logits
+
+
+def examples(cell: Cell) -> list[dict[str, Tensor]]:
+    one = batch(MODELS[cell.task], cell.task, rows=8)
+    return [{name: tensor[row] for name, tensor in one.items()} for row in range(8)]
+
+
+def refuse_loading(*_: Any, **__: Any) -> None:
+    raise AssertionError("The base's weights were loaded.")
+
+
+@pytest.mark.parametrize("cell", [c for c in CELLS if c.outcome == "+"], ids=str)
+def test_works(cell: Cell, bases: dict[str, Path], tmp_path: Path) -> None:
+    model = build(cell, bases[cell.task])
+    assert [p.name for p in model.peft_plus.plugins] == list(cell.plugins)
+    before = {name: t.detach().clone() for name, t in model.named_parameters()}
+    trains = {name for name, t in model.named_parameters() if t.requires_grad}
+    args = TrainingArguments(
+        output_dir=str(tmp_path / "run"),
+        max_steps=4,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    outputs = fit(model, args, train_dataset=examples(cell))
+    assert len(outputs) == 1 + ("lp_ft" in cell.plugins)
+    assert all(math.isfinite(output.training_loss) for output in outputs)
+    moved = {name for name, t in model.named_parameters() if not torch.equal(t, before[name])}
+    assert moved
+    assert moved <= trains
+    model.save_pretrained(tmp_path / "saved")
+    if cell.tuner == "full":
+        again = getattr(transformers, AUTO[cell.task]).from_pretrained(tmp_path / "saved")
+    else:
+        again = PeftModel.from_pretrained(plain_base(cell, bases[cell.task]), tmp_path / "saved")
+    assert not hasattr(again, "peft_plus")
+    assert torch.equal(logits(model, cell), logits(again, cell))
+
+
+@pytest.mark.parametrize("cell", [c for c in CELLS if c.outcome != "+"], ids=str)
+def test_refused_before_the_weights_load(
+    cell: Cell, bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", refuse_loading)
+    with pytest.raises(MethodError, match=REASONS[cell.outcome[0]][0]) as refused:
+        build(cell, bases[cell.task])
+    message = str(refused.value)
+    assert repr(cell.tuner if cell.outcome in "CQ" else cell.plugins[0]) in message
+    assert "Use " in message or "Drop " in message  # the fix
+
+
+def test_every_cell_is_in_the_table() -> None:
+    assert len(CELLS) == len({str(cell) for cell in CELLS}) == 2 * 9 * len(COLUMNS) * len(PRECISIONS)
+
+
+def test_page_says_what_was_found() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(), "Run: python -m tests.test_matrix --write"
+
+
+def page() -> str:
+    """`docs/matrix.md`. The tests above hold the tables to what really happens."""
+    kinds = {"SEQ_CLS": "Classification (BERT, `SEQ_CLS`)", "CAUSAL_LM": "Language modelling (Llama, `CAUSAL_LM`)"}
+    lines = [
+        "# What composes with what",
+        "",
+        "Written by `python -m tests.test_matrix --write`; `tests/test_matrix.py` runs every cell and fails where this page is",
+        "wrong. **✓**: trains under `peft_plus.fit`, saves, and reloads in plain PEFT (`full`: in plain transformers) to identical",
+        "logits. A letter: refused with an error that says why and what to do, before any weights load.",
+        "",
+        *(f"- **{letter}**: {text}." for letter, (_, text) in REASONS.items()),
+        "",
+        "*All that fit* is the tuner with every plugin that has a ✓ in its row.",
+    ]
+    for task, title in kinds.items():
+        head = ["tuner", "precision", *(f"`{c}`" if c in PLUGINS else c for c in COLUMNS)]
+        lines += ["", f"## {title}", "", "| " + " | ".join(head) + " |", "|---" * 2 + "|:-:" * len(COLUMNS) + "|"]
+        for tuner, precisions, outcomes in rows(task):
+            marks = ["✓" if outcome == "+" else ", ".join(outcome) for outcome in outcomes]
+            lines.append("| " + " | ".join([f"`{tuner}`", ", ".join(precisions), *marks]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    failed = pytest.main([__file__, "-q", "-k", "not page_says"])
+    if not failed and "--write" in sys.argv:
+        PAGE.parent.mkdir(exist_ok=True)
+        PAGE.write_text(page(), encoding="utf-8")
+    sys.exit(failed)
