@@ -81,13 +81,13 @@ def entries(kind: Kind) -> dict[str, Entry]:
                 f"{entry.origin} ({entry.target}). Uninstall one of them: pip uninstall {entry.distribution}"
             )
     if kind == "tuner":
-        core = version("peft-plus")
+        core, peft = version("peft-plus"), version("peft")
         for name, summary in CORE_TUNERS.items():
             found.setdefault(name, Entry(name, kind, "peft-plus", core, summary=summary))
         for name, (_, _, summary) in VARIANTS.items():
             found.setdefault(name, Entry(name, kind, "peft-plus", core, summary=summary))
         for name in peft_tuners():
-            found.setdefault(name, Entry(name, kind, "peft", version("peft"), summary=_peft_summary(name)))
+            found.setdefault(name, Entry(name, kind, "peft", peft, summary=_peft_summary(name)))
     return dict(sorted(found.items()))
 
 

@@ -25,13 +25,15 @@ class Losses:
 
     Attributes:
         steps: the training loss of each step. Every step sees other sentences, so single ones jump.
-        held_out: the loss on the same `HELD_OUT` dev sentences before and after.
+        held_out: the loss on the same dev sentences before and after.
+        sentences: how many those are.
         trainable, parameters: how many parameters trained, of how many.
         seconds: training alone.
     """
 
     steps: list[float]
     held_out: tuple[float, float]
+    sentences: int
     trainable: int
     parameters: int
     seconds: float
@@ -82,6 +84,7 @@ def train(data: DatasetDict, steps: int, folder: Path, advance: Callable[[], Non
     return Losses(
         steps=[row["loss"] for row in trainer.state.log_history if "loss" in row],
         held_out=(before, after),
+        sentences=len(held_out),
         trainable=trainable,
         parameters=parameters,
         seconds=seconds,

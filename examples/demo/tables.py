@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from peft_plus import proof, timeline
-
 from .compare import Outcome
-from .intervals import Estimate, bootstrap
-from .language_model import ENDS, HELD_OUT, Losses
-from .reload import Reloaded
+from .intervals import Estimate
 
 WIDTH = 100
 """Columns where the output goes to a file; a terminal has its own."""
 
 
 def console() -> Console:
-    """Where everything is printed. Numbers are not coloured by guessing."""
-    probe = Console()
-    return probe if probe.is_terminal else Console(width=WIDTH, highlight=False)
+    """Where everything is printed; numbers are not coloured by guessing."""
+    terminal = Console(highlight=False)
+    return terminal if terminal.is_terminal else Console(highlight=False, width=WIDTH)
 
 
 def progress_bar(to: Console) -> Progress:
@@ -39,23 +34,23 @@ def progress_bar(to: Console) -> Progress:
     )
 
 
-def percent(estimate: Estimate, *, signed: bool = False) -> str:
-    """`70.1 [67.3, 72.9]`, in percent."""
-    form = "{:+.1f} [{:+.1f}, {:+.1f}]" if signed else "{:.1f} [{:.1f}, {:.1f}]"
-    return form.format(*(100 * value for value in (estimate.mean, estimate.low, estimate.high)))
+def percent(estimate: Estimate, form: str = ".1f") -> str:
+    """`70.1 [67.3, 72.9]`: mean and interval, as percent."""
+    mean, low, high = (format(100 * value, form) for value in (estimate.mean, estimate.low, estimate.high))
+    return f"{mean} [{low}, {high}]"
 
 
 def comparison(outcomes: Mapping[str, Sequence[Outcome]], accuracy: Mapping[str, Estimate]) -> Table:
-    """A line for each method."""
+    """A line for each method. Both mappings: title → the outcome of each seed, and accuracy over all seeds."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("method", no_wrap=True)
-    for heading in ("test accuracy, %", "each seed", "parameters", "seconds"):
+    for heading in ("test accuracy, %", "by seed", "parameters", "seconds"):
         table.add_column(heading, justify="right", no_wrap=True)
     for title, runs in outcomes.items():
         table.add_row(
             title,
             percent(accuracy[title]),
-            ", ".join(f"{100 * run.correct.mean():.1f}" for run in runs),
+            " ".join(f"{100 * run.correct.mean():.1f}" for run in runs),
             f"{runs[0].trainable:,}",
             f"{sum(run.seconds for run in runs) / len(runs):.0f}",
         )

@@ -29,7 +29,7 @@ class QuestionAnswering(Task):
 
     Prompt and p-tuning: PEFT puts virtual tokens in front and leaves the positions as they are, so that position p is
     learned and read at index p of the lengthened logits. Loss, `metrics` and `answers` keep to that, or an adapter
-    would mean something else in plain PEFT; only `logits` gives the real tokens. (It learns worse: prefer another tuner.)
+    would mean something else in plain PEFT; only `logits` gives the real tokens. Another tuner suits this task better.
 
     Attributes:
         question, context, answers_column: columns; None = `question`, `context`, `answers`.

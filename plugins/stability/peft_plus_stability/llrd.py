@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from peft_plus import Param, Plugin, Run
 
@@ -33,6 +33,9 @@ class LLRD(Plugin):
 
     def lr_scale(self, run: Run, param: Param) -> float:
         return layer_rate(param.depth, run.num_blocks, decay=self.decay)
+
+    def lr_key(self, param: Param) -> tuple[Any, ...]:
+        return (param.depth,)
 
 
 def layer_rate(depth: int, num_blocks: int, *, decay: float) -> float:

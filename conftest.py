@@ -19,6 +19,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def _seeds() -> None:
+    """Whatever the order of the tests, each starts from the same streams."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
