@@ -17,10 +17,12 @@ from .compose import Method, Plan, Tuner, check_needs, plan_stages, resolve
 from .effects import trainable_names
 from .errors import MethodError
 from .layers import Layers, find_heads, is_tied_head, layer_map, transformers_model
+from .names import nearest
 from .parts import part_of
 from .plugin import NEEDS, Param
 from .settings import make
 from .tasks import Task, infer_task
+from .tasks.infer import builds
 
 _DATA_DEPENDENT_INITS = ("pissa", "olora", "corda", "eva", "loftq", "lora_ga")
 
@@ -69,10 +71,10 @@ def get_model(
             quantization=quantization, device_map=device_map, dtype=dtype, model_kwargs=model_kwargs
         )
         if _is_peft(model):
-            return _attach(model, resolve(method, settings), task)
-        chosen = _task(task, num_labels) if task is not None else infer_task(model)
+            return _attach(model, resolve(method, settings), task, num_labels)
+        chosen = _task(task, num_labels, model) if task is not None else infer_task(model)
+        _check_loaded(model, chosen, num_labels)
         resolved = resolve(method, settings, chosen.peft_task_type)
-        _check_labels(model, chosen, num_labels)
         tuner = resolved.tuner or Tuner("full")
         _check(resolved, tuner, chosen, loading.scheme_of_model(model))
         return _finish(model, resolved, tuner, chosen)
@@ -89,14 +91,19 @@ def get_model(
     options = _load_options(device_map, dtype, model_kwargs)
     tuner = resolved.tuner or Tuner("full")
     scheme = loading.scheme_of(quantization)
-    _check(resolved, tuner, chosen, scheme)
-    source = loading.open_source(model, chosen, options)
-    bits = loading.quantization_config(quantization, source.skeleton, dtype)
-    if bits is not None and options.get("gguf_file"):
+    if scheme is not None and options.get("gguf_file"):
         raise MethodError(
             "GGUF weights cannot be loaded quantised. Load them once without quantization, save_pretrained into a "
             "folder, and give that folder."
         )
+    _check(resolved, tuner, chosen, scheme)
+    source = loading.open_source(model, chosen, options)
+    stored = loading.scheme_of_model(source.skeleton)
+    if stored is not None:
+        if scheme is not None:
+            raise MethodError(f"The weights of {source.name!r} are stored as {stored} already; drop quantization.")
+        _check(resolved, tuner, chosen, stored)
+    bits = loading.quantization_config(quantization, source.skeleton, dtype)
     _rehearse(source, tuner, chosen, resolved)
     return _finish(loading.load(source, bits, options), resolved, tuner, chosen)
 
@@ -112,19 +119,22 @@ def attach(model: nn.Module, method: Any, *, task: str | Task | None = None) -> 
     Raises:
         MethodError: the method names a tuner, or a plugin does not fit the model.
     """
+    if not isinstance(model, nn.Module):
+        raise MethodError(f"attach takes a loaded model, not {model!r}; get_model loads one.")
     resolved = resolve(method) if method != [] else Method(None, (), {})
     return _attach(model, resolved, task)
 
 
-def _attach(model: nn.Module, resolved: Method, task: str | Task | None) -> nn.Module:
+def _attach(model: nn.Module, resolved: Method, task: str | Task | None, num_labels: int | None = None) -> nn.Module:
     if resolved.tuner is not None:
         raise MethodError(
             f"This {type(model).__name__} already has its tuner, but the method names {resolved.tuner.name!r}. Name "
             "only plugins, or start from the base model."
         )
-    chosen = _task(task, None, model) if task is not None else infer_task(model)
+    chosen = _task(task, num_labels, model) if task is not None else infer_task(model)
+    _check_loaded(model, chosen, num_labels)
     tuner = _tuner_of(model)
-    _check(resolved, tuner, chosen, None)
+    _check(resolved, tuner, chosen, loading.scheme_of_model(transformers_model(model)))
     return _with_plan(model, resolved, tuner, chosen)
 
 
@@ -152,6 +162,10 @@ def _check(method: Method, tuner: Tuner, task: Task, scheme: str | None) -> None
             raise MethodError(
                 f"{tuner.name!r} inserts its prompt where PEFT knows the task, and PEFT has no task type for "
                 f"{task.name or 'this model'!r}. Use a tuner that works inside the model, e.g. 'lora'."
+            )
+        if config.is_prompt_learning and not (getattr(config, "num_virtual_tokens", None) or 0) >= 1:
+            raise MethodError(
+                f"{tuner.name!r} has num_virtual_tokens={config.num_virtual_tokens}; give a number ≥ 1, e.g. 20."
             )
         if task.new_head and not hasattr(config, "modules_to_save"):
             raise MethodError(
@@ -205,18 +219,40 @@ def _with_tuner(base: nn.Module, tuner: Tuner, task: Task) -> nn.Module:
     config.task_type = task.peft_task_type
     if task.new_head:
         config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *find_heads(base)]))
+    _check_modules_to_save(config, base, tuner)
     try:
         return get_peft_model(base, config)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        # PEFT computes with settings that it has no default for: a TypeError about None does not say which.
-        unset = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) is None]
-        hint = f" Settings without a value: {', '.join(unset)}." if isinstance(error, TypeError) else ""
         raise MethodError(
-            f"The tuner {tuner.name!r} cannot be built on {type(base).__name__}: {error}{hint}"
+            f"The tuner {tuner.name!r} cannot be built on {type(base).__name__}: {error}{_unset(config, error)}"
         ) from error
 
 
+def _check_modules_to_save(config: Any, base: nn.Module, tuner: Tuner) -> None:
+    """PEFT passes over a name that matches nothing, and so would leave untrained what the user asked to train."""
+    names = [name for name, _ in base.named_modules()]
+    for wanted in getattr(config, "modules_to_save", None) or ():
+        if not any(name.endswith(wanted) for name in names):
+            hint = nearest(wanted, (name.rpartition(".")[2] for name in names))
+            raise MethodError(
+                f"The tuner {tuner.name!r}: modules_to_save names {wanted!r}, and {type(base).__name__} has no such "
+                f"module.{hint}"
+            )
+
+
+def _unset(config: Any, error: Exception) -> str:
+    """PEFT computes with settings that it has no default for; its error then speaks of None, not of which one."""
+    from peft import PeftConfig
+
+    if "NoneType" not in str(error):
+        return ""
+    shared = {f.name for f in dataclasses.fields(PeftConfig)}
+    unset = [f.name for f in dataclasses.fields(config) if f.name not in shared and getattr(config, f.name) is None]
+    return f". Settings without a value: {', '.join(unset)}."
+
+
 def _with_plan(model: nn.Module, method: Method, tuner: Tuner, task: Task) -> nn.Module:
+    loading.keep_differentiable(model)
     layers = _layers(model, method)
     params = _params(model, layers)
     _check_layered(method, params)
@@ -295,18 +331,26 @@ def _task(task: str | Task, num_labels: int | None, model: nn.Module | None = No
         raise MethodError(f"task={task!r} is a {type(task).__name__}; give a name such as 'SEQ_CLS', or a Task object.")
     entry = registry.find(getattr(task, "value", task), ("task",))
     cls = registry.load(entry)
-    takes_labels = "num_labels" in cls.__dataclass_fields__
+    takes_labels = any(f.name == "num_labels" for f in dataclasses.fields(cls))
     if num_labels is not None and not takes_labels:
-        raise MethodError(f"The task {task!r} has no classes, but num_labels={num_labels} was given.")
-    if num_labels is None and takes_labels and model is not None and cls.new_head:
-        num_labels = getattr(transformers_model(model).config, "num_labels", None)
+        raise MethodError(f"num_labels={num_labels} was given, but the task {task!r} has no classes. Drop it.")
+    if num_labels is None and takes_labels and model is not None:
+        num_labels = getattr(getattr(transformers_model(model), "config", None), "num_labels", None)
     return make(cls, {} if num_labels is None else {"num_labels": num_labels}, f"task {entry.name!r} ({entry.origin})")
 
 
-def _check_labels(model: nn.Module, task: Task, num_labels: int | None) -> None:
-    has = getattr(getattr(model, "config", None), "num_labels", None)
-    wanted = num_labels if num_labels is not None else getattr(task, "num_labels", None)
-    if task.new_head and wanted is not None and has is not None and wanted != has:
+def _check_loaded(model: nn.Module, task: Task, num_labels: int | None) -> None:
+    """What the user says about a loaded model must be true of it: its task, and the size of its head."""
+    base = transformers_model(model)
+    own = infer_task(base)
+    if task.name and own.name and not builds(task, base):
+        raise MethodError(f"A {type(base).__name__} does the task {own.name!r}, not {task.name!r}. Drop task=.")
+    if num_labels is not None and task.num_labels is None:
+        named = f"the task {task.name!r}" if task.name else f"{type(base).__name__}"
+        raise MethodError(f"num_labels={num_labels} was given, but {named} has no classes. Drop it.")
+    has = getattr(getattr(base, "config", None), "num_labels", None)
+    wanted = num_labels if num_labels is not None else task.num_labels
+    if wanted is not None and has is not None and wanted != has:
         raise MethodError(
             f"The loaded model's head has {has} labels, but num_labels={wanted}. Load it with num_labels={wanted}."
         )
@@ -338,8 +382,10 @@ def _load_options(device_map: Any, dtype: Any, model_kwargs: Mapping[str, Any] |
         if name in options:
             raise MethodError(f"{name} is given twice: as {name}= and in model_kwargs.")
         options[name] = value
-    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise MethodError(f"dtype={dtype!r} is no torch dtype; e.g. 'bfloat16' or torch.bfloat16.")
+    if dtype not in (None, "auto") and not isinstance(dtype, Mapping):
+        kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+            raise MethodError(f"dtype={dtype!r} is no floating-point torch dtype; e.g. 'bfloat16' or torch.bfloat16.")
     return options
 
 

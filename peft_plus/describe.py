@@ -158,6 +158,8 @@ def _setting(cls: type[Any], one: dataclasses.Field[Any], meaning: str) -> Setti
         default = one.default_factory()
     required = default is dataclasses.MISSING
     text = one.metadata.get("help") or meaning
+    if not isinstance(text, str):  # a stray comma has made a tuple of one of PEFT's
+        text = " ".join(text)
     return Setting(
         one.name,
         type_text(_annotation(cls, one.name) or one.type),

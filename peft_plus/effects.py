@@ -82,6 +82,7 @@ class Effects:
             _set_trainable(tensor, False)
         for tensor in self._tensors.values():
             _set_trainable(tensor, True)
+        self.plan.timeline[:] = [change for change in self.plan.timeline if change.stage != self.stage.name]
 
     def close(self) -> None:
         """After the stage: every parameter of the plan trainable again, as `get_model` left it."""
@@ -136,6 +137,8 @@ class Effects:
         for name, tensor in self._tensors.items():
             if tensor.requires_grad != wanted[name]:
                 _set_trainable(tensor, wanted[name])
+        for tensor in self._frozen:
+            _set_trainable(tensor, False)
         changed = wanted != self._wanted
         if changed:
             self._wanted = wanted
@@ -180,10 +183,12 @@ class Effects:
         return self._wanted.get(name, False)
 
     def drop_frozen_gradients(self) -> None:
-        """Just before the update: no frozen tensor may hold a gradient, however it got one."""
+        """After each backward: no frozen tensor may hold a gradient, however it got one (it would enter the norm)."""
         for name, tensor in self._tensors.items():
             if not self.trains(name):
                 tensor.grad = None
+        for tensor in self._frozen:
+            tensor.grad = None
 
     def scale_rates(self, optimizer: Optimizer, run: Run) -> Callable[[], None]:
         """Put the plugins' rates into the groups for one update; the returned function puts the old ones back.

@@ -24,13 +24,14 @@ def second_pass(
     if not perturb:
         return model.forward(**kwargs)
     noise = _Noise(perturb["embeddings"])
-    handle = _embeddings(model).register_forward_hook(noise)
+    handles = [module.register_forward_hook(noise) for module in _embeddings(model)]
     try:
         # `forward`, not `__call__`: Accelerate's autocast wraps `forward`, and hooks of the first pass must not run
         # twice.
         output = model.forward(**kwargs)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     if not noise.used:
         raise ValueError(
             "The input embeddings never ran in this pass, so there was nothing to perturb: the batch gives "
@@ -52,7 +53,7 @@ class _Noise:
         if delta.shape != output.shape:
             raise ValueError(f"δ has shape {tuple(delta.shape)}, the embeddings {tuple(output.shape)}.")
         noised = (output.float() + delta.float()).to(output.dtype)
-        if output.dtype in (torch.bfloat16, torch.float16) and bool(delta.any()) and torch.equal(noised, output):
+        if output.dtype in (torch.bfloat16, torch.float16) and _mostly_lost(noised == output, delta != 0):
             raise ValueError(
                 f"Noise of size {float(delta.abs().max()):.1e} vanishes in {output.dtype} embeddings. Load the model "
                 "in fp32 and train with bf16=True (autocast), or use larger noise."
@@ -60,13 +61,22 @@ class _Noise:
         return noised
 
 
-def _embeddings(model: nn.Module) -> nn.Module:
+def _mostly_lost(unchanged: Tensor, noisy: Tensor) -> bool:
+    """Whether more than half of the noise vanished; next to 0, e.g. at padding, some of it always survives."""
+    return bool((unchanged & noisy).sum() * 2 > noisy.sum())
+
+
+def _embeddings(model: nn.Module) -> list[nn.Module]:
+    """The input embeddings. An encoder-decoder looks its input up in the encoder's own; PEFT's prompts, in the shared."""
     base = transformers_model(model)
-    getter = getattr(base, "get_input_embeddings", None)
-    module = getter() if getter else None
-    if not isinstance(module, nn.Module):
+    holders = [base]
+    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        holders.append(base.get_encoder())
+    modules = [holder.get_input_embeddings() for holder in holders if hasattr(holder, "get_input_embeddings")]
+    found = list(dict.fromkeys(module for module in modules if isinstance(module, nn.Module)))
+    if not found:
         raise ValueError(f"{type(base).__name__} has no input embeddings to perturb.")
-    return module
+    return found
 
 
 def _without_labels(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import has_length
 
 from . import losses, proof
 from .checkpoint import THAWED, load_thawed
@@ -89,9 +90,10 @@ class Bridge(_Trainer):
         self._effects.group(optimizer, scheduled=self.lr_scheduler is not None)
         return optimizer
 
-    def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
-        values = super().set_initial_training_values(*args, **kwargs)
-        self._steps_per_epoch = values[1]
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> Any:
+        values = super().set_initial_training_values(args, dataloader)
+        # Where the data have no length, the Trainer takes all of max_steps for one epoch.
+        self._steps_per_epoch = values[1] if has_length(dataloader) else 0
         return values
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -148,9 +150,11 @@ class Bridge(_Trainer):
             return
         self._effects.drop_frozen_gradients()
         self._restore_rates = self._effects.scale_rates(self.optimizer, self._run)
-        if any(group["lr"] is None or float(group["lr"]) > 0 for group in self.optimizer.param_groups):
-            assert self._watch is not None
-            self._watch.count(name for name in self._effects.tensors if self._effects.trains(name))
+        assert self._watch is not None
+        moving = [group for group in self.optimizer.param_groups if group["lr"] is None or float(group["lr"]) > 0]
+        ids = {id(tensor) for group in moving for tensor in group["params"]}
+        tensors = self._effects.tensors.items()
+        self._watch.count(name for name, tensor in tensors if id(tensor) in ids and self._effects.trains(name))
 
     def _after_update(self) -> None:
         if self._effects is not None:
@@ -187,6 +191,8 @@ class Bridge(_Trainer):
             loss = super().training_step(*args, **kwargs)
         finally:
             self._in_step = False
+        if self._effects is not None:
+            self._effects.drop_frozen_gradients()
         silent = [] if self._asked else self._term_plugins()
         if silent:
             raise MethodError(
@@ -264,7 +270,12 @@ class Bridge(_Trainer):
         if not samples or not all(isinstance(batch, Mapping) for batch in samples):
             return None
         rows = [_rows(batch) for batch in samples]
-        labels = sum(float(self._task.count(batch)) for batch in samples)
+        try:
+            labels = sum(float(self._task.count(batch)) for batch in samples)
+        except ValueError:
+            if self._term_plugins():
+                raise
+            return None  # no labels that the task knows: the loss stays as the model or the user computes it
         counts = torch.tensor([labels, sum(rows)], dtype=torch.float64)
         processes = self.accelerator.num_processes
         self._rank_offset = 0

@@ -81,10 +81,8 @@ def find_heads(model: nn.Module) -> tuple[str, ...]:
     """Names of the task's heads within `transformers_model(model)`, e.g. `("pre_classifier", "classifier")`.
 
     A head is what has parameters, sits outside the base model and runs after it. Where the task model holds its stacks
-    itself (T5), it is what runs after the last stack, norms excepted. A base model has none.
-
-    Raises:
-        ValueError: the base model cannot be told from the head, and there is no list of blocks either.
+    itself (T5), it is what runs after the last stack, norms excepted. A base model has none; where neither a base model
+    nor blocks can be told, none is found.
     """
     inner = transformers_model(model)
     if isinstance(inner, _base_classes(inner)):
@@ -93,7 +91,11 @@ def find_heads(model: nn.Module) -> tuple[str, ...]:
     if base is not inner:
         trunk = {name for name, child in inner.named_children() if any(module is base for module in child.modules())}
     else:
-        trunk = {block.split(".")[0] for block in _block_depths(stacks_of(inner))}
+        try:
+            stacks = stacks_of(inner)
+        except ValueError:
+            return ()
+        trunk = {block.split(".")[0] for block in _block_depths(stacks)}
     children = in_run_order(inner)
     last = max((i for i, child in enumerate(children) if child.name in trunk), default=-1)
     loops = set(children[last].use.loops)  # what runs between the blocks is no head

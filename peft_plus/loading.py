@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -86,12 +87,26 @@ def load(source: Source, quantization: BitsAndBytesConfig | None, kwargs: Mappin
     if quantization is not None:
         extra["quantization_config"] = quantization
     model = source.auto_class.from_pretrained(source.name, config=source.config, **extra)
-    if quantization is not None:
+    if scheme_of_model(model) in ("int8", "nf4", "fp4"):
         from peft import prepare_model_for_kbit_training
 
         # Gradient checkpointing is the Trainer's to switch on (TrainingArguments), not a side effect of quantising.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return model
+
+
+def keep_differentiable(model: nn.Module) -> None:
+    """Keep bitsandbytes' 4-bit layers in the form that a gradient passes through.
+
+    On a CPU with AVX512-BF16, their first forward in eval mode repacks the weights, for good, for a kernel that computes
+    in bf16 and has no backward (bitsandbytes 0.50): after one evaluation, training would go on without a gradient below
+    the topmost layer, and each frozen weight would be rounded. A layer that is packed already is unpacked.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+                module.state_dict()  # unpacks in place, to store the portable form
 
 
 def quantization_config(quantization: Any, skeleton: nn.Module, dtype: Any) -> BitsAndBytesConfig | None:
@@ -142,6 +157,10 @@ def scheme_of_model(model: nn.Module) -> str | None:
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     if config is None:
         return None
+    if isinstance(config, Mapping):  # as a folder stores it
+        config = (
+            BitsAndBytesConfig(**config) if config.get("quant_method") == "bitsandbytes" else config["quant_method"]
+        )
     if isinstance(config, BitsAndBytesConfig):
         return scheme_of(config)
     return str(getattr(config, "quant_method", type(config).__name__))
@@ -181,7 +200,7 @@ def _tasks_of(config: PretrainedConfig) -> list[str]:
     for entry in entries("task").values():
         if entry.distribution == "peft-plus":
             cls = load(entry)
-            needs_labels = "num_labels" in cls.__dataclass_fields__ and cls.new_head
+            needs_labels = any(f.name == "num_labels" for f in dataclasses.fields(cls))
             task = make(cls, {"num_labels": 2} if needs_labels else {}, entry.name)
             if type(config) in task.auto_class(config)._model_mapping:
                 found.append(entry.name)

@@ -60,16 +60,13 @@ def run(*arguments: str, width: int = 80, terminal: bool = False) -> Shown:
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Makes a distribution on the path, as a wheel would leave it: a module and its metadata."""
 
-    def install(
-        distribution: str, entries: str, code: str | None = None, readme: str = "", group: str = "plugins"
-    ) -> Path:
+    def install(distribution: str, entries: str, code: str | None = None, readme: str = "") -> Path:
         folder = tmp_path / distribution
         info = folder / f"{distribution.replace('-', '_')}-1.5.dist-info"
         info.mkdir(parents=True)
-        (info / "METADATA").write_text(
-            f"Metadata-Version: 2.4\nName: {distribution}\nVersion: 1.5\n\n{readme}", "utf-8"
-        )
-        (info / "entry_points.txt").write_text(f"[peft_plus.{group}]\n{entries}\n", "utf-8")
+        head = f"Metadata-Version: 2.4\nName: {distribution}\nVersion: 1.5\n"
+        (info / "METADATA").write_text(f"{head}\n{readme}", "utf-8")
+        (info / "entry_points.txt").write_text(f"[peft_plus.plugins]\n{entries}\n", "utf-8")
         if code is not None:
             (folder / f"{distribution.replace('-', '_')}.py").write_text(code, "utf-8")
         monkeypatch.syspath_prepend(folder)
@@ -82,7 +79,10 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pa
 
 
 def test_list_imports_nothing_heavy() -> None:
-    code = f"import sys\nfrom peft_plus.cli import app\napp(['list'], standalone_mode=False)\nprint('HEAVY', [m for m in {HEAVY} if m in sys.modules])"
+    code = (
+        "import sys; from peft_plus.cli import app; app(['list'], standalone_mode=False); "
+        f"print('HEAVY', [m for m in {HEAVY} if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "gradual_unfreeze" in done.stdout
     assert done.stdout.splitlines()[-1] == "HEAVY []"
@@ -167,9 +167,8 @@ def test_a_terminal_cuts_no_word(width: int) -> None:
         # Folded words are whole again when the folds are taken out.
         joined = "".join(plain.split())
         if arguments[0] == "list":
-            expected = [
-                text for k in registry.GROUPS for e in registry.entries(k).values() for text in (e.name, e.origin)
-            ]
+            found = [entry for kind in registry.GROUPS for entry in registry.entries(kind).values()]
+            expected = [text for entry in found for text in (entry.name, entry.origin)]
         else:
             expected = [s.name for s in describe.describe(arguments[1]).settings]
         assert [text for text in expected if "".join(text.split()) not in joined] == []
@@ -195,8 +194,7 @@ def test_info_of_a_plugin_shows_all_of_it(width: int) -> None:
         "README of peft-plus-freezing",
         "peft_plus_freezing.gradual_unfreeze:GradualUnfreeze",
     ):
-        assert text in shown.words or width == 80, text
-        assert text.split()[0] in shown.words
+        assert text in shown.words
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -232,7 +230,25 @@ def test_info_of_an_unknown_name_names_the_nearest() -> None:
     assert "Traceback" not in shown.err
 
 
-CARD = "# Title\n\n## other\n\n### Claim\n\nNo.\n\n## `paced`\n\n### Claim\n\nFaster.\n\n### Measured verdict\n\n{verdict}\n"
+CARD = """
+# Title
+
+## other
+
+### Claim
+
+Nothing.
+
+## `paced`
+
+### Claim
+
+Faster.
+
+### Measured verdict
+
+{verdict}
+"""
 
 
 def test_the_verdict_comes_with_an_installed_wheel(install: Callable[..., Path]) -> None:
@@ -283,7 +299,18 @@ def test_types_read_as_people_write_them(annotation: object, text: str) -> None:
 
 def test_docstrings_are_read_by_section() -> None:
     found = describe.sections(
-        "First.\n\nMore:\n  still more.\n\nArgs:\n    a, b: both,\n        and on.\n    c (`int`, *optional*): three: 3\nRaises:\n    ValueError: never.\n"
+        """First.
+
+    More:
+      still more.
+
+    Args:
+        a, b: both,
+            and on.
+        c (`int`, *optional*): three: 3
+    Raises:
+        ValueError: never.
+    """
     )
     assert found[""] == "First.\n\nMore:\n  still more."
     assert describe.items(found["Args"]) == {"a": "both, and on.", "b": "both, and on.", "c": "three: 3"}

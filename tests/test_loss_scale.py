@@ -296,6 +296,26 @@ def test_stock_transformers_is_four_times_too_large(tmp_path):
     assert distance(recorder.gradients[0], {n: 4 * g for n, g in wanted.items()}) < 1e-6
 
 
+def test_stock_transformers_miscounts_the_labels_of_gpt2(tmp_path):
+    """It counts each row's first label, which GPT-2 never predicts, so its training and evaluation losses are too small.
+
+    Hence GPT-2 is no case of `test_a_plain_lora_run_is_bit_identical_to_peft`. When this fails they have fixed it.
+    """
+    model = model_of("gpt2", "CAUSAL_LM")
+    untouched = copy.deepcopy(model)
+    recorder = run(
+        model,
+        rows_of("gpt2", "CAUSAL_LM"),
+        tmp_path,
+        trainer_class=transformers.Trainer,
+        per_device_train_batch_size=16,
+    )
+    labels = recorder.batches[0]["labels"] != -100
+    share = float(labels[:, 1:].sum() / labels.sum())
+    wanted = expected(untouched, recorder.batches, "CAUSAL_LM")
+    assert distance(recorder.gradients[0], {n: share * g for n, g in wanted.items()}) < 1e-6
+
+
 def test_the_logged_loss_is_the_mean_over_the_step(tmp_path):
     model = model_of("bert", "TOKEN_CLS")
     untouched = copy.deepcopy(model)
@@ -462,7 +482,6 @@ DROP_IN = [
     ("bert", "regression"),
     ("bert", "QUESTION_ANS"),
     ("llama", "CAUSAL_LM"),
-    ("gpt2", "CAUSAL_LM"),
     ("llama", "SEQ_CLS"),
     ("t5", "SEQ_2_SEQ_LM"),
     ("bart", "SEQ_2_SEQ_LM"),
@@ -477,7 +496,7 @@ def lora_of(name: str, task: str, *, plan: bool) -> nn.Module:
         base = tiny(name, task, **dropout)
     torch.manual_seed(1)
     kind = "SEQ_CLS" if task == "regression" else task
-    config = peft.LoraConfig(r=4, lora_dropout=0.1, task_type=kind, fan_in_fan_out=name == "gpt2")
+    config = peft.LoraConfig(r=4, lora_dropout=0.1, task_type=kind)
     return get_model(base, config) if plan else peft.get_peft_model(base, config)
 
 

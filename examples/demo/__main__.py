@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .quiet import set_environment
+from .quiet import before_imports
 
 
 def main() -> int:
@@ -16,8 +16,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to write into (default: %(default)s)")
     options = parser.parse_args()
 
-    set_environment()
-    from .run import run  # only now: this imports what reads the environment
+    before_imports()
+    from .run import run  # only now: it imports what must not be imported earlier
 
     try:
         return 0 if run(options.out, quick=options.quick) else 1

@@ -1,4 +1,4 @@
-"""Keeping the libraries' remarks out of the demo's output, each by name. Call both before the first model."""
+"""Keeping the libraries' remarks out of the demo's output, each by name, and torch off cores that are not its own."""
 
 from __future__ import annotations
 
@@ -6,20 +6,38 @@ import logging
 import os
 import warnings
 
+EXPECTED = {
+    # "classifier.weight is newly initialized": that is what fine-tuning for a new task means.
+    "transformers.modeling_utils": logging.ERROR,
+    # "The following layers were not sharded": on one device none is.
+    "transformers.distributed.tensor_parallel": logging.ERROR,
+    # "Failed to load CPU gemm_4bit_forward": an optional, faster kernel that would come from the hub.
+    "bitsandbytes.backends.cpu.ops": logging.ERROR,
+}
+"""Logger → the level from which on it is heard; its remarks below that are expected here."""
 
-def set_environment() -> None:
-    """What libraries read once, when they are imported; so this comes before them."""
+
+def before_imports() -> None:
+    """What must be set before transformers, bitsandbytes and torch are imported: they read it, or talk, only then."""
     # Everything is local (`make inputs`): without this, each model would first ask the hub.
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # OpenMP threads that wait for each other spin by default. Where the cores are shared with other programs, that
-    # made a step on two threads ten times slower than on one.
+    # makes a step on two threads up to ten times slower than on one; waiting passively, never.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for name, level in EXPECTED.items():
+        logging.getLogger(name).setLevel(level)
+    # PEFT asks transformers by a name that transformers is renaming.
+    warnings.filterwarnings("ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
-def cores() -> int:
-    """The CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def hide_progress_bars() -> None:
+    """Those of the libraries: the demo has its own."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
 
 
 def set_threads() -> int:
@@ -34,17 +52,6 @@ def set_threads() -> int:
     return threads
 
 
-def silence() -> None:
-    """Progress bars other than our own, and the remarks that are expected here."""
-    import datasets
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    # "classifier.weight is newly initialized": that is what fine-tuning on a new task means.
-    logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
-    logging.getLogger("transformers.utils.loading_report").setLevel(logging.ERROR)
-    # "Failed to load CPU gemm_4bit_forward": an optional, faster kernel that would come from the hub.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    # PEFT asks transformers by a name that transformers is renaming.
-    warnings.filterwarnings("ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning)
+def cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -24,7 +24,7 @@ from .reload import save_and_reload
 from .tables import comparison, console, percent, progress_bar
 
 FULL, FULL_STEPS = Size(train=1_500, dev=500, test=1_000, seeds=(0, 1)), 15
-QUICK, QUICK_STEPS = Size(train=96, dev=48, test=96, seeds=(0,)), 8
+QUICK, QUICK_STEPS = Size(train=64, dev=32, test=64, seeds=(0,)), 5
 RELOADED = 32
 
 
@@ -38,7 +38,7 @@ def run(out: Path, *, quick: bool) -> bool:
     """
     start = time.perf_counter()
     threads = quiet.set_threads()
-    quiet.silence()
+    quiet.hide_progress_bars()
     size, steps = (QUICK, QUICK_STEPS) if quick else (FULL, FULL_STEPS)
     out.mkdir(parents=True, exist_ok=True)
     data = sentences(size)
@@ -156,8 +156,7 @@ def _language_model(data: DatasetDict, steps: int, out: Path, to: Console, advan
     to.print(
         f"\nSmolLM2-135M in 4 bits (nf4) with LoRA, the same sentences as a language model, {steps} steps of "
         f"{language_model.BATCH}, {losses.trainable:,} of {losses.parameters:,} parameters, {losses.seconds:.0f} seconds:\n"
-        f"  training loss {first:.3f} (mean of the first {language_model.ENDS} steps) → {last:.3f} (of the last), "
-        f"on {losses.sentences} held-out sentences {before:.3f} → {after:.3f}: "
-        f"{'falling' if losses.fell else 'NOT falling'}."
+        f"  loss on {losses.sentences} held-out sentences {before:.3f} → {after:.3f}: {'falling' if losses.fell else 'NOT falling'}\n"
+        f"  training loss {first:.3f} → {last:.3f} (means of the first and last {language_model.ENDS} steps, each on other sentences)"
     )
     return {**asdict(losses), "ends": losses.ends, "fell": losses.fell}

@@ -27,17 +27,18 @@ def infer_task(model: nn.Module) -> Task:
         if entry.distribution != "peft-plus":
             continue  # a plugin that nobody named is never imported
         task = load(entry).from_config(config)
-        if _builds(task, config, type(base)):
+        if builds(task, base):
             return task
     return GenericTask(shifts_labels=_shifts(base))
 
 
-def _builds(task: Task, config: Any, model_class: type[Any]) -> bool:
-    mapping = getattr(task.auto_class(config), "_model_mapping", {})
-    if type(config) not in mapping:
+def builds(task: Task, model: Any) -> bool:
+    """Whether the AutoModel class that `task` picks builds models of exactly this class."""
+    mapping = getattr(task.auto_class(model.config), "_model_mapping", {})
+    if type(model.config) not in mapping:
         return False
-    built = mapping[type(config)]
-    return model_class in (built if isinstance(built, tuple) else (built,))
+    built = mapping[type(model.config)]
+    return type(model) in (built if isinstance(built, tuple) else (built,))
 
 
 def _shifts(base: nn.Module) -> bool:

@@ -7,6 +7,7 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 
 from peft_plus.tasks import Task
+from peft_plus.tasks.answer_spans import token_span
 from peft_plus.tasks.causal_lm import CausalLM
 from peft_plus.tasks.masked_lm import MaskedLM
 from peft_plus.tasks.multiple_choice import MultipleChoice
@@ -146,6 +147,14 @@ def test_long_contexts_become_windows_and_back() -> None:
     end[range(4), data["end_positions"][:]] = 9.0
     assert task.answers(examples, ENCODER, start, end, null_threshold=0.0) == ["in paris", ""]
     assert task.answers(examples, ENCODER, start, end)[1] in QA[1]["context"]
+
+
+def test_answer_must_lie_in_the_window_whole() -> None:
+    window = [None, None, (4, 7), (8, 11), (12, 14), None]
+    assert token_span(window, (8, 14)) == (3, 4)
+    assert token_span(window, (5, 6)) == (2, 2)
+    for outside in ((0, 7), (12, 18), (0, 2), (20, 22), None):
+        assert token_span(window, outside) == (0, 0)
 
 
 def test_answer_that_starts_inside_a_word_takes_the_tokens_it_touches() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -34,7 +35,7 @@ class LPFT(Plugin):
 
     def __post_init__(self) -> None:
         for setting in ("probe_epochs", "probe_lr"):
-            if not getattr(self, setting) > 0:
+            if not 0 < getattr(self, setting) < math.inf:
                 raise ValueError(f"{setting}={getattr(self, setting)}: give a number > 0.")
 
     def plan_stages(self, stages: Sequence[Stage]) -> Sequence[Stage]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -41,17 +42,18 @@ class R3F(Plugin):
     noise: Literal["uniform", "normal"] = "uniform"
 
     def __post_init__(self) -> None:
-        if self.weight < 0:
+        if not 0 <= self.weight < math.inf:
             raise ValueError(f"weight={self.weight}: give λ ≥ 0.")
-        if not self.eps > 0:
+        if not 0 < self.eps < math.inf:
             raise ValueError(f"eps={self.eps}: give a size > 0.")
 
     def loss_terms(self, run: Run, batch: Mapping[str, Any], output: Any) -> Mapping[str, LossTerm]:
         if self.weight == 0:
             return {}
-        draw = partial(example_noise, eps=self.eps, noise=self.noise, stream=partial(_stream, run))
-        noised = run.forward(batch, perturb={"embeddings": draw})
-        clean, other = run.task.logits(output, batch), run.task.logits(noised, batch)
+        clean = run.task.logits(output, batch)
+        rows = len(clean[0][0])
+        draw = partial(example_noise, rows=rows, eps=self.eps, noise=self.noise, stream=partial(_stream, run))
+        other = run.task.logits(run.forward(batch, perturb={"embeddings": draw}), batch)
         distance = DISTANCES[run.task.distribution]
         means = [masked_mean(distance(a, b), mask) for (a, mask), (b, _) in zip(clean, other, strict=True)]
         # A span has two distributions (start and end) for one label; the task's own loss averages them too.
@@ -59,29 +61,36 @@ class R3F(Plugin):
         return {"r3f": LossTerm(self.weight * torch.stack(means).mean() * count, count, per="label")}
 
 
-def _stream(run: Run, row: int, device: torch.device) -> torch.Generator:
-    return run.generator("r3f", run.first_example + row, device=device)
+def _stream(run: Run, row: int, text: int, device: torch.device) -> torch.Generator:
+    return run.generator("r3f", run.first_example + row, text, device=device)
 
 
 def example_noise(
-    embeddings: Tensor, *, eps: float, noise: str, stream: Callable[[int, torch.device], torch.Generator]
+    embeddings: Tensor,
+    *,
+    rows: int,
+    eps: float,
+    noise: str,
+    stream: Callable[[int, int, torch.device], torch.Generator],
 ) -> Tensor:
-    """Noise of the embeddings' shape, each row from its own stream, so that it does not depend on its neighbours.
+    """Noise of the embeddings' shape, each text from its own stream, so that it does not depend on its neighbours.
 
     Args:
-        embeddings: (batch, tokens, width); only its shape and device are used.
+        embeddings: (rows · texts, tokens, width); only its shape and device are used.
+        rows: examples in the batch; each has one text, or as many as it has choices.
         eps: half width or standard deviation.
         noise: `uniform` or `normal`.
-        stream: row → generator.
+        stream: (row, text of the row, device) → generator.
     Returns: fp32, same shape.
     """
     z = torch.empty(embeddings.shape, dtype=torch.float32, device=embeddings.device)
-    for row in range(len(z)):
-        generator = stream(row, z.device)
+    texts = len(z) // rows
+    for i in range(len(z)):
+        generator = stream(i // texts, i % texts, z.device)
         if noise == "uniform":
-            z[row].uniform_(-eps, eps, generator=generator)
+            z[i].uniform_(-eps, eps, generator=generator)
         else:
-            z[row].normal_(0.0, eps, generator=generator)
+            z[i].normal_(0.0, eps, generator=generator)
     return z
 
 
