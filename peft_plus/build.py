@@ -20,7 +20,7 @@ from .layers import Layers, find_heads, is_tied_head, layer_map, transformers_mo
 from .names import nearest
 from .parts import part_of
 from .plugin import NEEDS, Param
-from .settings import make
+from .settings import check_plain, make
 from .tasks import Task, infer_task
 from .tasks.infer import builds
 
@@ -150,8 +150,8 @@ def _check(method: Method, tuner: Tuner, task: Task, scheme: str | None) -> None
         if getattr(config, "use_dora", False) and scheme == "int8" and not torch.accelerator.is_available():
             # PEFT's dequantize_module_weight replaces the weight there, without its scales.
             raise MethodError(
-                "DoRA reads the base weights in every step, and on a CPU int8 weights lose their scales when PEFT reads "
-                "them. Use quantization='nf4', or 'lora' instead of 'dora'."
+                "DoRA reads the base weights in every step, and on a CPU int8 weights lose their scales when PEFT "
+                "reads them. Use quantization='nf4', or 'lora' instead of 'dora'."
             )
         given = getattr(config.task_type, "value", config.task_type)
         if given is not None and given != task.peft_task_type:
@@ -163,10 +163,9 @@ def _check(method: Method, tuner: Tuner, task: Task, scheme: str | None) -> None
                 f"{tuner.name!r} inserts its prompt where PEFT knows the task, and PEFT has no task type for "
                 f"{task.name or 'this model'!r}. Use a tuner that works inside the model, e.g. 'lora'."
             )
-        if config.is_prompt_learning and not (getattr(config, "num_virtual_tokens", None) or 0) >= 1:
-            raise MethodError(
-                f"{tuner.name!r} has num_virtual_tokens={config.num_virtual_tokens}; give a number ≥ 1, e.g. 20."
-            )
+        tokens = getattr(config, "num_virtual_tokens", None)
+        if config.is_prompt_learning and not (tokens or 0) >= 1:
+            raise MethodError(f"{tuner.name!r} has num_virtual_tokens={tokens}; give a number ≥ 1, e.g. 20.")
         if task.new_head and not hasattr(config, "modules_to_save"):
             raise MethodError(
                 f"{tuner.name!r} cannot train a new head (its config has no modules_to_save); {task.name!r} needs one."
@@ -223,8 +222,12 @@ def _with_tuner(base: nn.Module, tuner: Tuner, task: Task) -> nn.Module:
     try:
         return get_peft_model(base, config)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
+        changed, unset = _settings(tuner.config)
+        given = f" with {changed}" if changed else ""
+        # PEFT computes with settings that it has no default for; its error then speaks of None, not of which one.
+        hint = f". Settings without a value: {', '.join(unset)}." if "NoneType" in str(error) else ""
         raise MethodError(
-            f"The tuner {tuner.name!r} cannot be built on {type(base).__name__}: {error}{_unset(config, error)}"
+            f"The tuner {tuner.name!r}{given} cannot be built on {type(base).__name__}: {error}{hint}"
         ) from error
 
 
@@ -240,15 +243,22 @@ def _check_modules_to_save(config: Any, base: nn.Module, tuner: Tuner) -> None:
             )
 
 
-def _unset(config: Any, error: Exception) -> str:
-    """PEFT computes with settings that it has no default for; its error then speaks of None, not of which one."""
+def _settings(config: Any) -> tuple[dict[str, Any], list[str]]:
+    """A tuner's settings that are not PEFT's defaults, and the names of those without a value."""
     from peft import PeftConfig
 
-    if "NoneType" not in str(error):
-        return ""
     shared = {f.name for f in dataclasses.fields(PeftConfig)}
-    unset = [f.name for f in dataclasses.fields(config) if f.name not in shared and getattr(config, f.name) is None]
-    return f". Settings without a value: {', '.join(unset)}."
+    changed, unset = {}, []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if field.name in shared:
+            continue
+        if value is None:
+            unset.append(field.name)
+        elif value != default:
+            changed[field.name] = value
+    return changed, unset
 
 
 def _with_plan(model: nn.Module, method: Method, tuner: Tuner, task: Task) -> nn.Module:
@@ -326,6 +336,7 @@ def _task(task: str | Task, num_labels: int | None, model: nn.Module | None = No
     if isinstance(task, Task):
         if num_labels not in (None, getattr(task, "num_labels", None)):
             raise MethodError(f"num_labels={num_labels}, but the task object says {task.num_labels}. Give it once.")
+        check_plain(task.settings(), f"task {task.name!r}")
         return copy.deepcopy(task)
     if not isinstance(task, str):
         raise MethodError(f"task={task!r} is a {type(task).__name__}; give a name such as 'SEQ_CLS', or a Task object.")

@@ -78,10 +78,17 @@ def write(folder: Path, model: nn.Module, plan: Plan) -> None:
 
 
 def thawed_weights(model: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
-    """Base weights that may train beside a tuner's own: name → tensor. Empty for `full`, which saves everything."""
-    if plan.tuner == "full":
-        return {}
+    """Base weights that may train beside a tuner's own, and that PEFT does not save: name → tensor.
+
+    Empty for `full`, which saves everything. PEFT itself saves what `bias="all"` trains.
+    """
     names = {name for name, param in plan.params.items() if param.part == "base"}
+    if plan.tuner == "full" or not names:
+        return {}
+    from peft import get_peft_model_state_dict
+
+    for adapter in model.peft_config:
+        names -= get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False).keys()
     return {n: t.detach().contiguous().cpu() for n, t in model.named_parameters() if n in names}
 
 

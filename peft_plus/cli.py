@@ -6,9 +6,11 @@ Heavy modules are imported inside the commands that need them, so that `peft-plu
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 import json
 import logging
+import sys
 from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any
@@ -48,6 +50,9 @@ JSON = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 def main() -> None:
     """Entry point of `peft-plus`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a pipe in an old encoding gets `?` for Σ, not a traceback
     app()
 
 
@@ -108,7 +113,7 @@ def info(
         _complain(str(error))
         raise typer.Exit(1) from None
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(described), indent=2, ensure_ascii=False, default=repr))
+        typer.echo(json.dumps(dataclasses.asdict(described), indent=2, default=repr))
     else:
         console = _console()
         width = min(console.width, READABLE)

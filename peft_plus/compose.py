@@ -6,7 +6,6 @@ Everything here happens before a base model loads, so every error is cheap.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from . import registry
 from .errors import MethodError, PluginError
 from .plugin import NEEDS, Param, Plugin
 from .registry import CORE_TUNERS, VARIANTS, Entry
-from .settings import check_types, make
+from .settings import check_plain, check_types, make
 from .stages import Stage
 
 if TYPE_CHECKING:
@@ -199,7 +198,9 @@ def _build(item: Any, settings: dict[str, Any], task_type: str | None) -> tuple[
         entry = registry.find(item, ("tuner", "plugin"))
         if entry.kind == "plugin":
             cls = registry.load(entry)
-            return make(cls, settings, f"plugin {item!r} ({entry.origin})"), entry.origin
+            label = f"plugin {item!r} ({entry.origin})"
+            check_plain(settings, label)
+            return make(cls, settings, label), entry.origin
         return _named_tuner(entry, settings, task_type), entry.origin
     if isinstance(item, Plugin):
         return _copied_plugin(item), _origin_of(item)
@@ -259,12 +260,7 @@ def _prompt_learning() -> type[Any]:
 def _copied_plugin(plugin: Plugin) -> Plugin:
     registry.check_plugin_class(type(plugin))
     check_types(type(plugin), plugin.settings(), f"plugin {plugin.name!r}")
-    try:
-        json.dumps(plugin.settings())
-    except TypeError as error:
-        raise MethodError(
-            f"plugin {plugin.name!r}: settings must be plain values, to be saved with the model: {error}"
-        ) from error
+    check_plain(plugin.settings(), f"plugin {plugin.name!r}")
     return copy.deepcopy(plugin)
 
 

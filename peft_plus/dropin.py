@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 _OURS, _THEIRS = "peft_plus", "peft"
@@ -23,6 +23,9 @@ class _Alias:
     ) -> ModuleSpec | None:
         if not fullname.startswith(_OURS + "."):
             return None
+        parent = sys.modules[fullname.rpartition(".")[0]]
+        if parent.__name__.startswith(_OURS) and PathFinder.find_spec(fullname, path):
+            return None  # a module of our own
         theirs = _THEIRS + fullname.removeprefix(_OURS)
         try:
             if importlib.util.find_spec(theirs) is None:
@@ -43,9 +46,12 @@ class _Alias:
 
 
 def install() -> None:
-    """Make `import peft_plus.tuners.lora` give `peft.tuners.lora`. Asked last, so our own modules come first."""
+    """Make `import peft_plus.tuners.lora` give `peft.tuners.lora`.
+
+    Asked first: the path of `peft_plus.tuners` is PEFT's, so Python's own finder would run its modules a second time.
+    """
     if not any(isinstance(finder, _Alias) for finder in sys.meta_path):
-        sys.meta_path.append(_Alias())
+        sys.meta_path.insert(0, _Alias())  # type: ignore[arg-type]  # a finder by its methods
 
 
 def peft_names() -> list[str]:

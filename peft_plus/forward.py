@@ -67,16 +67,23 @@ def _mostly_lost(unchanged: Tensor, noisy: Tensor) -> bool:
 
 
 def _embeddings(model: nn.Module) -> list[nn.Module]:
-    """The input embeddings. An encoder-decoder looks its input up in the encoder's own; PEFT's prompts, in the shared."""
+    """The input embeddings: in an encoder-decoder the encoder's own, and the shared ones, which PEFT's prompts use."""
     base = transformers_model(model)
     holders = [base]
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
         holders.append(base.get_encoder())
-    modules = [holder.get_input_embeddings() for holder in holders if hasattr(holder, "get_input_embeddings")]
+    modules = [_own_embeddings(holder) for holder in holders]
     found = list(dict.fromkeys(module for module in modules if isinstance(module, nn.Module)))
     if not found:
         raise ValueError(f"{type(base).__name__} has no input embeddings to perturb.")
     return found
+
+
+def _own_embeddings(model: Any) -> Any:
+    try:
+        return model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # no transformers model, or one without tokens and patches
+        return None
 
 
 def _without_labels(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -196,8 +196,8 @@ class Bridge(_Trainer):
         silent = [] if self._asked else self._term_plugins()
         if silent:
             raise MethodError(
-                f"plugin {silent[0].name!r} adds a loss term, but {type(self).__name__}.compute_loss never asked for it. "
-                "Let it call super().compute_loss, or leave it in a Trainer class of its own and use "
+                f"plugin {silent[0].name!r} adds a loss term, but {type(self).__name__}.compute_loss never asked for "
+                "it. Let it call super().compute_loss, or write it in a subclass of transformers.Trainer and use "
                 "peft_plus.with_plugins(ThatTrainer)."
             )
         return loss

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from .errors import PluginError
-from .plugin import LossTerm, Plugin, Run
+from .plugin import LossTerm, Plugin, Run, Unit
+
+UNITS = get_args(Unit)
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,10 @@ def collect(plugins: Sequence[Plugin], run: Run, batch: Mapping[str, Any], outpu
                 raise PluginError(
                     f"plugin {plugin.name!r}: the loss term {name!r} is {_shape(term)}; expected LossTerm(sum=a scalar "
                     "tensor, count=…)."
+                )
+            if term.per not in UNITS:
+                raise PluginError(
+                    f"plugin {plugin.name!r}: the loss term {name!r} has per={term.per!r}; one of {list(UNITS)}."
                 )
             terms[name], owner[name] = term, plugin.name
     return terms

@@ -6,7 +6,8 @@ from torch import nn
 
 from .plugin import Part
 
-_WRAPPERS = ("base_model.model.", "base_model.")
+_SHORTER_PREFIX = {"ADAPTION_PROMPT": "adaption_"}
+"""Where the prefix that PEFT registers is not how its parameters are called."""
 
 
 def part_of(name: str, model: nn.Module, heads: tuple[str, ...]) -> Part:
@@ -31,11 +32,10 @@ def is_adapter(name: str, model: nn.Module) -> bool:
 
 def bare_name(name: str, model: nn.Module) -> str:
     """The name without what PEFT wraps around a module."""
-    if getattr(model, "peft_config", None):
-        for wrapper in _WRAPPERS:
-            if name.startswith(wrapper):
-                name = name.removeprefix(wrapper)
-                break
+    configs = getattr(model, "peft_config", None)
+    if configs:
+        prompted = any(config.is_prompt_learning for config in configs.values())
+        name = name.removeprefix("base_model." if prompted else "base_model.model.")
     return name.replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
@@ -45,5 +45,6 @@ def _has_prefix(name: str, model: nn.Module) -> bool:
         return False
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
-    prefixes = {PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type) for config in configs.values()}
+    types = {config.peft_type for config in configs.values()}
+    prefixes = {_SHORTER_PREFIX.get(kind, PEFT_TYPE_TO_PREFIX_MAPPING.get(kind)) for kind in types}
     return any(prefix and prefix in name for prefix in prefixes)

@@ -215,9 +215,9 @@ class Plugin:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name, value in vars(cls).items():
-            if name.startswith("_") or not inspect.isfunction(value):
-                continue
-            _check_hook(cls, name, value)
+            function = value.__func__ if isinstance(value, staticmethod | classmethod) else value
+            if not name.startswith("_") and inspect.isfunction(function):
+                _check_hook(cls, name, function)
 
     @classmethod
     def hooks(cls) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from .timeline import Group, label
 
 logger = logging.getLogger(__name__)
 
-CHUNK = 1 << 22
+CHUNK = 1 << 21
 """Elements hashed at a time: bounds the extra memory to a few tens of megabytes, whatever the tensor."""
 
 
@@ -114,15 +114,16 @@ def table(rows: list[Row], num_blocks: int) -> str:
 
 @torch.no_grad()
 def checksum(tensor: Tensor) -> tuple[int, int]:
-    """A fingerprint of a tensor's bits, cheap and independent of the device: (Σ b, Σ b²) mod 2⁶⁴, b its integer bits.
+    """A fingerprint of a tensor's bits, cheap and independent of the device: (Σ b, Σ i·b) mod 2⁶⁴, b its integer bits.
 
-    One changed bit always changes the first sum; two changes that cancel there do not cancel in the second.
+    One changed element always changes the first sum; two changes that cancel there, as when values change places, do
+    not cancel in the second, where each counts by its position i.
     """
     flat = tensor.detach().contiguous().reshape(-1)
     bits = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
     first, second = 0, 0
-    for chunk in bits.split(CHUNK):
-        wide = chunk.to(torch.int64)
+    for start in range(0, bits.numel(), CHUNK):
+        wide = bits[start : start + CHUNK].to(torch.int64)
         first += int(wide.sum())
-        second += int((wide * wide).sum())
+        second += int((wide * torch.arange(start, start + wide.numel(), device=wide.device)).sum())
     return first % 2**64, second % 2**64

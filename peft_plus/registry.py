@@ -7,6 +7,7 @@ are read with `importlib.metadata`, PEFT's tuners and all one-line summaries fro
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.util
 import re
 from collections.abc import Iterable, Mapping
@@ -126,6 +127,11 @@ def load(entry: Entry) -> type[Any]:
         ) from error
     if entry.kind == "plugin":
         check_plugin_class(loaded, entry)
+    elif not (isinstance(loaded, type) and dataclasses.is_dataclass(loaded)):
+        expected = {"tuner": "the dataclass of a PEFT config", "task": "a dataclass, a subclass of peft_plus.Task"}
+        raise PluginError(
+            f"The {entry.kind} {entry.name!r} of {entry.origin} is {loaded!r}, not {expected[entry.kind]}."
+        )
     return loaded
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 import typing
 from collections.abc import Mapping
@@ -53,6 +54,17 @@ def check_types(cls: type[Any], settings: Mapping[str, Any], label: str) -> None
                 "None" if t is NoneType else repr(t) if isinstance(t, str) else t.__name__ for t in allowed
             )
             raise MethodError(f"{label}: {name}={value!r} is {type(value).__name__}; expected {expected}.")
+
+
+def check_plain(settings: Mapping[str, Any], label: str) -> None:
+    """Raise MethodError unless every setting can be saved as JSON: better now than when a trained model is saved."""
+    for name, value in settings.items():
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            raise MethodError(
+                f"{label}: {name}={value!r} cannot be saved with the model; settings are plain values ({error})."
+            ) from error
 
 
 def _annotation(cls: type[Any], name: str) -> Any:

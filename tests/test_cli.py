@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Optional, Union
 
 import pytest
 from typer.testing import CliRunner
@@ -275,48 +275,6 @@ def test_a_plugin_without_a_card_says_so(install: Callable[..., Path]) -> None:
     assert "its distribution has no card for it" in run("info", "paced").out
 
 
-# ---- what it is made of --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("annotation", "text"),
-    [
-        (int, "int"),
-        ("int", "int"),
-        ("float | None", "float | None"),
-        ('Literal["epoch"] | int', "'epoch' | int"),
-        ("Optional[Union[list[str], str]]", "list[str] | str | None"),
-        (Optional[int], "int | None"),  # noqa: UP045 - PEFT writes it so
-        (Union[list[str], Literal["a", "b"], None], "list[str] | 'a' | 'b' | None"),  # noqa: UP007
-        ("dict[str, Optional[int]]", "dict[str, int | None]"),
-        ("collections.abc.Sequence[str]", "Sequence[str]"),
-        ("not a type", "not a type"),
-    ],
-)
-def test_types_read_as_people_write_them(annotation: object, text: str) -> None:
-    assert describe.type_text(annotation) == text
-
-
-def test_docstrings_are_read_by_section() -> None:
-    found = describe.sections(
-        """First.
-
-    More:
-      still more.
-
-    Args:
-        a, b: both,
-            and on.
-        c (`int`, *optional*): three: 3
-    Raises:
-        ValueError: never.
-    """
-    )
-    assert found[""] == "First.\n\nMore:\n  still more."
-    assert describe.items(found["Args"]) == {"a": "both, and on.", "b": "both, and on.", "c": "three: 3"}
-    assert found["Raises"].strip() == "ValueError: never."
-
-
 # ---- the program ---------------------------------------------------------------------------------------------------
 
 
@@ -330,3 +288,14 @@ def test_it_runs_as_a_program(program: list[str]) -> None:
     wrong = call("info", "lorra")
     assert wrong.returncode == 2
     assert "Traceback" not in wrong.stderr
+
+
+def test_an_encoding_without_greek_letters_is_no_error() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "peft_plus", "info", "r3f"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "loss = task loss + weight" in done.stdout

@@ -7,7 +7,6 @@ import dataclasses
 import inspect
 import re
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -72,16 +71,13 @@ def python_blocks(page: Path) -> list[Block]:
 # ---- code ----------------------------------------------------------------------------------------------------------
 
 
-def runnable() -> Iterator[Any]:
-    """The pages with code, marked where it works on the real models and sentences."""
-    for page in PAGES:
-        code = [block.code for block in python_blocks(page)]
-        if code:
-            real = any("examples.inputs" in text for text in code)
-            yield pytest.param(page, marks=[pytest.mark.real] if real else [], id=named(page))
+def runnable(page: Path) -> Any:
+    """A page as a test parameter, marked where its code works on the real models and sentences."""
+    real = any("examples.inputs" in block.code for block in python_blocks(page))
+    return pytest.param(page, marks=[pytest.mark.real] if real else [], id=named(page))
 
 
-@pytest.mark.parametrize("page", runnable())
+@pytest.mark.parametrize("page", [runnable(page) for page in PAGES if python_blocks(page)])
 def test_python_blocks_run_as_printed(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order, in one namespace, in an empty folder. A traceback shows the line of the page."""
     monkeypatch.chdir(tmp_path)

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments, default_data_collator
 
 import peft_plus
-from peft_plus import EngagementError, MethodError, Plugin, get_model
+from peft_plus import EngagementError, MethodError, Plugin, Run, get_model
+from peft_plus.effects import Effects
 
 from .models import batch, tiny
 
@@ -515,7 +516,10 @@ def effective_rates(watch: Watch, step: int, blocks: int = 3) -> dict[int, float
 
 @pytest.mark.parametrize(
     ("schedule", "factor"),
-    [({"lr_scheduler_type": "linear"}, linear), ({"lr_scheduler_type": "cosine", "warmup_steps": 3}, cosine_after_warmup)],
+    [
+        ({"lr_scheduler_type": "linear"}, linear),
+        ({"lr_scheduler_type": "cosine", "warmup_steps": 3}, cosine_after_warmup),
+    ],
     ids=["linear", "cosine_with_warmup"],
 )
 @pytest.mark.parametrize(("name", "task"), [("bert", "SEQ_CLS"), ("llama", "CAUSAL_LM"), ("t5", "SEQ_2_SEQ_LM")])
@@ -542,6 +546,31 @@ def test_llrd_measured_from_the_updates(name, task, schedule, factor, tmp_path):
         later = 0.05 * factor(step + 1, 8)
         assert rates.groups[step] == rates.scheduled[step]
         assert rates.groups[step] == pytest.approx([later] * len(rates.groups[step]), rel=1e-12, abs=1e-18)
+
+
+class Chained(peft_plus.Trainer):
+    """A scheduler that multiplies whatever rate stands in the group, instead of computing it anew."""
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        if self.lr_scheduler is None:
+            self.lr_scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer or self.optimizer, 0.8)
+        return self.lr_scheduler
+
+
+def test_llrd_does_not_compound_in_a_chained_scheduler(tmp_path):
+    model = get_model(tiny("bert").double(), {"full": {}, "llrd": {"decay": DECAY}})
+    watch, rates = Watch(), Rates()
+    Chained(
+        model,
+        arguments(tmp_path, max_steps=5, optim="sgd", max_grad_norm=0.0),
+        train_dataset=rows_of("bert", "SEQ_CLS", 20),
+        data_collator=default_data_collator,
+        callbacks=[watch, rates],
+    ).train()
+    for step in range(5):
+        wanted = {d: 1e-2 * 0.8**step * DECAY ** (4 - d) for d in range(5)}
+        assert effective_rates(watch, step) == pytest.approx(wanted, rel=1e-6)
+        assert rates.groups[step] == pytest.approx([1e-2 * 0.8 ** (step + 1)] * len(rates.groups[step]))
 
 
 def test_llrd_on_lora(tmp_path):
@@ -584,9 +613,7 @@ def test_llrd_refuses_a_scheduler_made_for_other_groups(tmp_path):
     model = get_model(tiny("bert"), {"full": {}, "llrd": {}})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
-    trainer = trainer_of(
-        model, "bert", "SEQ_CLS", tmp_path, extra={"optimizers": (optimizer, scheduler)}, max_steps=2
-    )
+    trainer = trainer_of(model, "bert", "SEQ_CLS", tmp_path, extra={"optimizers": (optimizer, scheduler)}, max_steps=2)
     with pytest.raises(MethodError, match=r"llrd.*optimizers=\(optimizer, None\)"):
         trainer.train()
 
@@ -609,6 +636,22 @@ def test_an_optimizer_made_while_layers_were_frozen_is_refused(tmp_path):
     )
     with pytest.raises(MethodError, match=r"layer\.0.*made while they were frozen"):
         trainer.train()
+
+
+def test_an_optimizer_that_computes_its_own_rate_is_refused():
+    from transformers.optimization import Adafactor
+
+    model = get_model(tiny("bert"), {"full": {}, "llrd": {}})
+    plan = model.peft_plus
+    effects = Effects(model, plan, plan.stages[0])
+    optimizer = Adafactor(model.parameters(), relative_step=True, lr=None)
+    effects.group(optimizer)
+    names = {id(p): n for n, p in model.named_parameters()}
+    depths = [{depth_of(names[id(p)], 3) for p in group["params"]} for group in optimizer.param_groups]
+    assert all(len(found) == 1 for found in depths)
+    assert set().union(*depths) == {0, 1, 2, 3, 4}
+    with pytest.raises(MethodError, match=r"llrd.*relative_step=False"):
+        effects.scale_rates(optimizer, Run(model=model, task=plan.task, num_blocks=3))
 
 
 @dataclass(kw_only=True)
@@ -663,7 +706,7 @@ def test_a_group_that_no_gradient_reaches_fails_the_run_and_saves_it(tmp_path):
         lambda module, inputs, output: output.detach() if isinstance(output, Tensor) else (output[0].detach(),)
     )
     model = get_model(base, "full")
-    with pytest.raises(EngagementError, match="block 2, block 1, embeddings: declared trainable.*unproven"):
+    with pytest.raises(EngagementError, match=r"block 2, block 1, embeddings: declared trainable.*unproven"):
         trainer_of(model, "bert", "SEQ_CLS", tmp_path, max_steps=3).train()
     saved = load_file(tmp_path / "unproven" / "model.safetensors")
     assert not changed({n: saved[n] for n in snapshot(model)}, snapshot(model))
@@ -676,10 +719,8 @@ def test_a_rate_too_small_for_bf16_fails_the_run(tmp_path):
         for tensor in base.parameters():
             tensor.add_(0.5)  # next to 0 any rate moves a weight
     model = get_model(base, "full")
-    with pytest.raises(EngagementError, match="head.*too small for its dtype"):
-        trainer_of(
-            model, "bert", "SEQ_CLS", tmp_path, max_steps=2, learning_rate=1e-9, optim="sgd"
-        ).train()
+    with pytest.raises(EngagementError, match=r"head.*too small for its dtype"):
+        trainer_of(model, "bert", "SEQ_CLS", tmp_path, max_steps=2, learning_rate=1e-9, optim="sgd").train()
 
 
 def test_a_rate_of_zero_claims_nothing(tmp_path):

@@ -1,4 +1,4 @@
-"""The gradient of one optimizer step is that of one big batch, whatever the accumulation; an added term weighs exactly 1.
+"""An optimizer step's gradient is that of one big batch, whatever the accumulation; an added term weighs exactly 1.
 
 Every expected gradient comes from a copy of the model and a few lines of plain torch over the recorded batches.
 """
@@ -297,7 +297,7 @@ def test_stock_transformers_is_four_times_too_large(tmp_path):
 
 
 def test_stock_transformers_miscounts_the_labels_of_gpt2(tmp_path):
-    """It counts each row's first label, which GPT-2 never predicts, so its training and evaluation losses are too small.
+    """It counts each row's first label, which GPT-2 never predicts, so its losses come out too small.
 
     Hence GPT-2 is no case of `test_a_plain_lora_run_is_bit_identical_to_peft`. When this fails they have fixed it.
     """

@@ -247,9 +247,10 @@ def page() -> str:
     lines = [
         "# What composes with what",
         "",
-        "Written by `python -m tests.test_matrix --write`; `tests/test_matrix.py` runs every cell, and fails where this page",
-        "is wrong. **✓**: trains under `peft_plus.fit`, saves, and reloads in plain PEFT (`full`: in plain transformers) to",
-        "identical logits. A letter: refused with an error that says why and what to do, before any weights load.",
+        "Written by `python -m tests.test_matrix --write`; `tests/test_matrix.py` runs every cell and fails where this",
+        "page is wrong. **✓**: trains under `peft_plus.fit`, saves, and reloads in plain PEFT (`full`: in plain",
+        "transformers) to identical logits. A letter: refused with an error that says why and what to do, before any",
+        "weights load.",
         "",
         *(f"- **{letter}**: {text}." for letter, (_, text) in REASONS.items()),
         "",

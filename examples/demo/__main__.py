@@ -11,9 +11,15 @@ from .quiet import before_imports
 
 def main() -> int:
     """Returns the exit code: 0 when the reloaded logits were equal and the loss fell."""
-    parser = argparse.ArgumentParser(prog="python -m examples.demo", description="Fine-tune real models, with and without plugins.")
-    parser.add_argument("--quick", action="store_true", help="little data and one seed: under a minute, and no meaningful accuracy")
-    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to write into (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.demo", description="Fine-tune real models, with and without plugins."
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="little data and one seed: under a minute, and no meaningful accuracy"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/demo"), help="folder to write into (default: %(default)s)"
+    )
     options = parser.parse_args()
 
     before_imports()

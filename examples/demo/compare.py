@@ -59,7 +59,7 @@ class Outcome:
 
 
 def methods(steps: int) -> dict[str, Mapping[str, Mapping[str, Any]]]:
-    """What is compared, by the title it is shown under: tuner and plugins with their settings, as `get_model` takes them.
+    """What is compared, by its title: tuner and plugins with their settings, as `get_model` takes them.
 
     Args:
         steps: optimizer steps of a run.
@@ -108,7 +108,7 @@ def fine_tune(
         train_sampling_strategy="group_by_length",
         eval_strategy="epoch",
         save_strategy="no",
-        logging_steps=10,
+        logging_steps=1,
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
@@ -129,7 +129,7 @@ def fine_tune(
     return Outcome(
         model=model,
         dev=[row["eval_accuracy"] for row in log if "eval_accuracy" in row],
-        correct=prediction.predictions.argmax(-1) == prediction.label_ids,
+        correct=np.argmax(prediction.predictions, -1) == prediction.label_ids,
         trainable=model.get_nb_trainable_parameters()[0],
         seconds=runtime - sum(row.get("eval_runtime", 0) for row in log),
         terms={name: float(np.mean([row[name] for row in log if name in row])) for name in ("r3f",) if name in method},

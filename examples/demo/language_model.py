@@ -16,7 +16,6 @@ from .compare import OnStep
 
 BATCH = 8
 HELD_OUT = 32
-ENDS = 5
 
 
 @dataclass(frozen=True)
@@ -39,10 +38,14 @@ class Losses:
     seconds: float
 
     @property
+    def edge(self) -> int:
+        """How many steps count as first, and as many as last."""
+        return min(5, len(self.steps) // 2)
+
+    @property
     def ends(self) -> tuple[float, float]:
-        """The mean training loss of the first and of the last `ENDS` steps."""
-        first, last = self.steps[:ENDS], self.steps[-ENDS:]
-        return sum(first) / len(first), sum(last) / len(last)
+        """The mean training loss of the first and of the last `edge` steps."""
+        return sum(self.steps[: self.edge]) / self.edge, sum(self.steps[-self.edge :]) / self.edge
 
     @property
     def fell(self) -> bool:

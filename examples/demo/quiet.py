@@ -9,7 +9,7 @@ import warnings
 EXPECTED = {
     # "classifier.weight is newly initialized": that is what fine-tuning for a new task means.
     "transformers.modeling_utils": logging.ERROR,
-    # "The following layers were not sharded": on one device none is.
+    # "The following layers were not sharded": on one device none is. It is said only where the logger above is quieted.
     "transformers.distributed.tensor_parallel": logging.ERROR,
     # "Failed to load CPU gemm_4bit_forward": an optional, faster kernel that would come from the hub.
     "bitsandbytes.backends.cpu.ops": logging.ERROR,

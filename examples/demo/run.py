@@ -24,7 +24,7 @@ from .reload import save_and_reload
 from .tables import comparison, console, percent, progress_bar
 
 FULL, FULL_STEPS = Size(train=1_500, dev=500, test=1_000, seeds=(0, 1)), 15
-QUICK, QUICK_STEPS = Size(train=64, dev=32, test=64, seeds=(0,)), 5
+QUICK, QUICK_STEPS = Size(train=64, dev=16, test=48, seeds=(0,)), 4
 RELOADED = 32
 
 
@@ -44,8 +44,8 @@ def run(out: Path, *, quick: bool) -> bool:
     data = sentences(size)
     to = console()
     to.print(
-        f"MiniLM-L6 on movie sentences, positive or negative: {size.train} to train on, {size.dev} dev, {size.test} test; "
-        f"{EPOCHS} epochs, {len(size.seeds)} seed{'s'[: len(size.seeds) > 1]} each, learning rate {LEARNING_RATE}.\n"
+        f"MiniLM-L6 on movie sentences, positive or negative: {size.train} to train on, {size.dev} dev, "
+        f"{size.test} test; {EPOCHS} epochs, seeds {', '.join(map(str, size.seeds))}, learning rate {LEARNING_RATE}.\n"
     )
     with progress_bar(to) as bar:
         task = bar.add_task("", total=2 * len(size.seeds) * size.steps + steps)
@@ -64,7 +64,9 @@ def run(out: Path, *, quick: bool) -> bool:
         results["language_model"] = _language_model(data, steps, out, to, advance)
         bar.update(task, description="")
     results["machine"] = {"cores": quiet.cores(), "threads": threads}
-    results["versions"] = {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "peft-plus")}
+    results["versions"] = {
+        name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "peft-plus")
+    }
     results["seconds"] = time.perf_counter() - start
     (out / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     to.print(
@@ -98,8 +100,8 @@ def _compare(outcomes: dict[str, list[Outcome]], size: Size, to: Console) -> dic
     to.print(
         escape(
             f"Combination minus plain LoRA, on the same sentences: {percent(difference, '+.1f')} points. {said}\n"
-            f"[…] is a 95 % bootstrap interval over the {size.test} test sentences. How much seeds differ is not in it: "
-            "see each seed's own accuracy."
+            f"[…] is a 95 % bootstrap interval over the {size.test} test sentences. How much seeds differ is not in "
+            "it: see each seed's own accuracy."
         )
     )
     return {
@@ -110,6 +112,7 @@ def _compare(outcomes: dict[str, list[Outcome]], size: Size, to: Console) -> dic
                 "dev": [run.dev for run in runs],
                 "trainable": runs[0].trainable,
                 "seconds": [run.seconds for run in runs],
+                "terms": [run.terms for run in runs],
                 "settings": dict(methods(size.steps)[title]),
             }
             for title, runs in outcomes.items()
@@ -124,14 +127,22 @@ def _who_trained(plan: Any, to: Console) -> dict[str, Any]:
     rows = plan.engagement["train"]
     to.print("\nWho trained when, in the combination (seed 0):")
     to.print(timeline.draw(plan.timeline, blocks), markup=False)
-    to.print("\nWhat was declared, and which tensors really moved:")
+    to.print(
+        "\nWhat was declared (updates at a rate above 0; the warm-up's first is at 0), and which tensors really moved:"
+    )
     to.print(proof.table(rows, blocks), markup=False)
     return {
         "timeline": [
-            {"step": c.step, "groups": [timeline.label(g, blocks) for g in sorted(c.groups, reverse=True)]} for c in plan.timeline
+            {"step": c.step, "groups": [timeline.label(g, blocks) for g in sorted(c.groups, reverse=True)]}
+            for c in plan.timeline
         ],
         "engagement": [
-            {"group": timeline.label(row.group, blocks), "updates": row.steps, "tensors": row.tensors, "moved": row.moved}
+            {
+                "group": timeline.label(row.group, blocks),
+                "updates": row.steps,
+                "tensors": row.tensors,
+                "moved": row.moved,
+            }
             for row in rows
         ],
     }
@@ -149,14 +160,23 @@ def _reload(model: Any, texts: list[str], folder: Path, to: Console) -> dict[str
     return asdict(reloaded)
 
 
-def _language_model(data: DatasetDict, steps: int, out: Path, to: Console, advance: Callable[[], None]) -> dict[str, Any]:
+def _language_model(
+    data: DatasetDict, steps: int, out: Path, to: Console, advance: Callable[[], None]
+) -> dict[str, Any]:
     losses = language_model.train(data, steps, out / "trainer", advance)
     first, last = losses.ends
     before, after = losses.held_out
     to.print(
         f"\nSmolLM2-135M in 4 bits (nf4) with LoRA, the same sentences as a language model, {steps} steps of "
-        f"{language_model.BATCH}, {losses.trainable:,} of {losses.parameters:,} parameters, {losses.seconds:.0f} seconds:\n"
-        f"  loss on {losses.sentences} held-out sentences {before:.3f} → {after:.3f}: {'falling' if losses.fell else 'NOT falling'}\n"
-        f"  training loss {first:.3f} → {last:.3f} (means of the first and last {language_model.ENDS} steps, each on other sentences)"
+        f"{language_model.BATCH}, {losses.trainable:,} of {losses.parameters:,} parameters, "
+        f"{losses.seconds:.0f} seconds:"
+    )
+    to.print(
+        f"  loss on {losses.sentences} held-out sentences {before:.3f} → {after:.3f}: "
+        f"{'falling' if losses.fell else 'NOT falling'}"
+    )
+    to.print(
+        f"  training loss {first:.3f} → {last:.3f} (means of the first and last {losses.edge} steps, each on other "
+        "sentences)"
     )
     return {**asdict(losses), "ends": losses.ends, "fell": losses.fell}

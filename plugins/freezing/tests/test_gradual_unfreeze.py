@@ -79,7 +79,7 @@ def test_an_interval_below_one_is_refused(every):
 
 @pytest.mark.parametrize("every", ["epochs", 2.0, True, None, [1]])
 def test_an_interval_of_another_kind_is_refused_by_name(every):
-    with pytest.raises(MethodError, match="gradual_unfreeze.*every"):
+    with pytest.raises(MethodError, match=r"gradual_unfreeze.*every"):
         get_model(tiny("bert"), {"lora": {}, "gradual_unfreeze": {"every": every}})
 
 
@@ -95,10 +95,7 @@ class Flags(TrainerCallback):
     def __init__(self) -> None:
         self.epochs: list[set[str]] = []
 
-    def on_substep_end(self, *_: Any, **__: Any) -> None: ...
-
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
-        # Where the Trainer's own epoch is a whole number, a new pass has begun.
         names = {n for n, p in model.named_parameters() if p.requires_grad}
         if state.global_step % 2 == 0:
             self.epochs.append(names)
@@ -144,5 +141,8 @@ def test_one_block_more_in_each_epoch_and_the_embeddings_last(name, task, blocks
     wanted: list[set[str]] = [set()]
     for block in [*blocks, ["embeddings"]]:
         wanted.append(wanted[-1] | set(block))
-    assert [places(names) for names in flags.epochs] == [*wanted, wanted[-1]]
-    assert all(flags.epochs)  # the head trains from the start
+    if name == "bart":  # its head is the embeddings, so the topmost that can train alone is block 3
+        wanted = wanted[1:]
+    wanted += wanted[-1:] * (6 - len(wanted))
+    assert [places(names) for names in flags.epochs] == wanted
+    assert all(flags.epochs)  # something trains from the start
