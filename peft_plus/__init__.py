@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import importlib
 from importlib.machinery import PathFinder
-from typing import TYPE_CHECKING, Any
 
 from . import dropin as _dropin
 
+TYPE_CHECKING = False  # importing typing for it would take longer than all the rest
 if TYPE_CHECKING:
+    from typing import Any
+
     from peft import *  # noqa: F403  # pyright: ignore[reportWildcardImportFromLibrary]
 
     from .build import attach as attach

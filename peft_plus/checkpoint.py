@@ -87,7 +87,8 @@ def thawed_weights(model: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
         return {}
     from peft import get_peft_model_state_dict
 
-    for adapter in model.peft_config:
+    adapters: Any = model.peft_config
+    for adapter in adapters:
         names -= get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False).keys()
     return {n: t.detach().contiguous().cpu() for n, t in model.named_parameters() if n in names}
 

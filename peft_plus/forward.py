@@ -68,7 +68,7 @@ def _mostly_lost(unchanged: Tensor, noisy: Tensor) -> bool:
 
 def _embeddings(model: nn.Module) -> list[nn.Module]:
     """The input embeddings: in an encoder-decoder the encoder's own, and the shared ones, which PEFT's prompts use."""
-    base = transformers_model(model)
+    base: Any = transformers_model(model)
     holders = [base]
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
         holders.append(base.get_encoder())

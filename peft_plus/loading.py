@@ -98,9 +98,10 @@ def load(source: Source, quantization: BitsAndBytesConfig | None, kwargs: Mappin
 def keep_differentiable(model: nn.Module) -> None:
     """Keep bitsandbytes' 4-bit layers in the form that a gradient passes through.
 
-    On a CPU with AVX512-BF16, their first forward in eval mode repacks the weights, for good, for a kernel that computes
-    in bf16 and has no backward (bitsandbytes 0.50): after one evaluation, training would go on without a gradient below
-    the topmost layer, and each frozen weight would be rounded. A layer that is packed already is unpacked.
+    On a CPU with AVX512-BF16, their first forward in eval mode repacks the weights, for good, for a kernel that
+    computes in bf16 and has no backward (bitsandbytes 0.50): after one evaluation, training would go on without a
+    gradient below the topmost layer, and each frozen weight would be rounded. A layer that is packed already is
+    unpacked.
     """
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
