@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from . import registry
+from .ask import ask, origin_of
 from .errors import MethodError, PluginError
 from .plugin import NEEDS, Param, Plugin
 from .registry import CORE_TUNERS, VARIANTS, Entry
@@ -152,7 +153,7 @@ def plan_stages(plugins: Sequence[Plugin], origins: Mapping[str, str]) -> tuple[
     for plugin in plugins:
         if "plan_stages" not in plugin.hooks():
             continue
-        stages = tuple(plugin.plan_stages(stages))
+        stages = tuple(ask(plugin, "plan_stages", stages))
         if not stages or not all(isinstance(s, Stage) for s in stages):
             raise PluginError(
                 f"{_who(plugin, origins)} returned {stages!r} from plan_stages; expected Stages, at least one."
@@ -203,7 +204,7 @@ def _build(item: Any, settings: dict[str, Any], task_type: str | None) -> tuple[
             return make(cls, settings, label), entry.origin
         return _named_tuner(entry, settings, task_type), entry.origin
     if isinstance(item, Plugin):
-        return _copied_plugin(item), _origin_of(item)
+        return _copied_plugin(item), origin_of(item)
     if isinstance(item, type) and issubclass(item, Plugin):
         raise MethodError(f"{item.__name__} is a class; the method takes its object: {item.__name__}().")
     from peft import PeftConfig
@@ -262,13 +263,6 @@ def _copied_plugin(plugin: Plugin) -> Plugin:
     check_types(type(plugin), plugin.settings(), f"plugin {plugin.name!r}")
     check_plain(plugin.settings(), f"plugin {plugin.name!r}")
     return copy.deepcopy(plugin)
-
-
-def _origin_of(plugin: Plugin) -> str:
-    """Which distribution an object's class came from, where its name is registered; else its module."""
-    entry = registry.entries("plugin").get(plugin.name)
-    here = f"{type(plugin).__module__}:{type(plugin).__qualname__}"
-    return entry.origin if entry and entry.target == here else type(plugin).__module__
 
 
 def _check_conflicts(plugins: Sequence[Plugin], origins: Mapping[str, str]) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
-from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder
-from types import ModuleType
+
+TYPE_CHECKING = False  # what is imported on use, or not at all, is what takes time to import
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import ModuleType
 
 _OURS, _THEIRS = "peft_plus", "peft"
 
@@ -26,9 +28,11 @@ class _Alias:
         parent = sys.modules[fullname.rpartition(".")[0]]
         if parent.__name__.startswith(_OURS) and PathFinder.find_spec(fullname, path):
             return None  # a module of our own
+        from importlib.util import find_spec
+
         theirs = _THEIRS + fullname.removeprefix(_OURS)
         try:
-            if importlib.util.find_spec(theirs) is None:
+            if find_spec(theirs) is None:
                 return None
         except ModuleNotFoundError:  # PEFT has no such parent either
             return None
@@ -56,10 +60,11 @@ def install() -> None:
 
 def peft_names() -> list[str]:
     """What `peft` exports, read from its source without importing it."""
-    import ast  # not at the top: only star imports and dir() need it
+    import ast
+    from importlib.util import find_spec
     from pathlib import Path
 
-    spec = importlib.util.find_spec(_THEIRS)
+    spec = find_spec(_THEIRS)
     if spec is None or not spec.origin:
         return []
     for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:

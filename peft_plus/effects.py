@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from .ask import ask
 from .compose import Plan
 from .errors import MethodError, PluginError
 from .plugin import Param, Run
@@ -120,7 +121,7 @@ class Effects:
         parts: dict[Any, list[nn.Parameter]] = {}
         for tensor in group["params"]:
             param = self._by_id.get(id(tensor))
-            key = tuple(p.lr_key(param) for p in self._rates) if param else None
+            key = tuple(ask(p, "lr_key", param) for p in self._rates) if param else None
             parts.setdefault(key, []).append(tensor)
         return [{**group, "params": tensors} for tensors in parts.values()]
 
@@ -148,7 +149,7 @@ class Effects:
         return changed
 
     def _asks(self, run: Run, param: Param) -> bool:
-        answers = [plugin.may_train(run, param) for plugin in self._gates]
+        answers = [ask(plugin, "may_train", run, param) for plugin in self._gates]
         for plugin, answer in zip(self._gates, answers, strict=True):
             if not isinstance(answer, bool):
                 raise PluginError(
@@ -157,7 +158,7 @@ class Effects:
         return all(answers)
 
     def _earliest_change(self, run: Run) -> int | None:
-        steps = [s for s in (p.next_change(run) for p in self._gates) if s is not None]
+        steps = [s for s in (ask(p, "next_change", run) for p in self._gates) if s is not None]
         if any(s <= run.step for s in steps):
             raise PluginError(f"A plugin's next_change answered {min(steps)} at step {run.step}; it must lie ahead.")
         return min(steps, default=None)
@@ -222,7 +223,7 @@ class Effects:
         """The product of all plugins' multipliers for one parameter."""
         product = 1.0
         for plugin in self._rates:
-            factor = plugin.lr_scale(run, param)
+            factor = ask(plugin, "lr_scale", run, param)
             if not (isinstance(factor, (int, float)) and math.isfinite(factor) and factor >= 0):
                 raise PluginError(
                     f"plugin {plugin.name!r}: lr_scale returned {factor!r} for {param.name}; expected ≥ 0."

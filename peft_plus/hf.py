@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Mapping
 from functools import cache
@@ -16,11 +15,10 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from . import losses, proof
+from .arguments import check_arguments, fill_collator, find_argument, plan_in, plan_of
 from .checkpoint import THAWED, load_thawed
-from .compose import Plan
 from .effects import Effects
 from .errors import EngagementError, MethodError
-from .layers import transformers_model
 from .losses import StepTotals
 from .plugin import LossTerm, Plugin, Run
 from .stages import Stage
@@ -50,14 +48,14 @@ class Bridge(_Trainer):
     _asked: bool = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        plan, model = _plan_in(args, kwargs)
+        plan = plan_in(args, kwargs)
         if plan is not None:
-            _check_arguments(plan, _argument(TrainingArguments, args, kwargs), model)
-            _fill_collator(plan, args, kwargs)
+            check_arguments(plan, find_argument(TrainingArguments, args, kwargs))
+            fill_collator(plan, args, kwargs)
         super().__init__(*args, **kwargs)
         self._task = plan.task if plan else infer_task(self.model)
         self._owns_loss = _first_definition(type(self), "compute_loss") is transformers.Trainer
-        if not _scales_by_items(self.model):
+        if not losses.scales_by_items(self.model):
             # transformers#47688: the model takes **kwargs but ignores num_items_in_batch, so its mean loss would count
             # once per micro-batch and per process.
             self.model_accepts_loss_kwargs = False
@@ -159,6 +157,10 @@ class Bridge(_Trainer):
     def _after_update(self) -> None:
         if self._effects is not None:
             self._restore_rates()
+
+    def _evaluated(self, metrics: Mapping[str, float]) -> None:
+        if self._effects is not None:
+            self._run.last_metrics = dict(metrics)
 
     def _prove(self) -> None:
         """Compare what was declared with what moved; on a contradiction save the work, then raise."""
@@ -280,7 +282,7 @@ class Bridge(_Trainer):
         processes = self.accelerator.num_processes
         self._rank_offset = 0
         if processes > 1:
-            counts = self.accelerator.reduce(counts.to(self.args.device), "sum").cpu()
+            counts = torch.as_tensor(self.accelerator.reduce(counts.to(self.args.device), "sum")).cpu()
             self._rank_offset = self.accelerator.process_index * rows[0]
         return StepTotals(float(counts[0]), float(counts[1]), len(samples), processes)
 
@@ -302,6 +304,9 @@ class _Events(TrainerCallback):
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
         self._trainer._after_update()
+
+    def on_evaluate(self, *_: Any, metrics: Mapping[str, float] | None = None, **__: Any) -> None:
+        self._trainer._evaluated(metrics or {})
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self._trainer._prove()
@@ -334,48 +339,6 @@ class Trainer(Bridge, transformers.Trainer):
     """`transformers.Trainer` that runs the plan of a model from `get_model`. Same arguments, same methods."""
 
 
-def plan_of(model: Any) -> Plan | None:
-    """The plan that hangs on a model itself (not on one inside it), or None."""
-    plan = vars(model).get("peft_plus") if isinstance(model, nn.Module) else None
-    return plan if isinstance(plan, Plan) else None
-
-
-def _plan_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Plan | None, Any]:
-    model = kwargs.get("model", args[0] if args else None)
-    inner = getattr(model, "_orig_mod", None)
-    if plan_of(inner) is not None:
-        raise MethodError(
-            "The model was wrapped by torch.compile, which hides its plan. Give the Trainer the model itself, and "
-            "compile with TrainingArguments(torch_compile=True)."
-        )
-    return plan_of(model), model
-
-
-def _argument(kind: type[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    return next((value for value in (*args, *kwargs.values()) if isinstance(value, kind)), None)
-
-
-def _check_arguments(plan: Plan, args: TrainingArguments | None, model: nn.Module) -> None:
-    """Refuse what could only fail, or be wrong, after the run has begun; set what the plan needs from DDP."""
-    if args is None:
-        return
-    checkpointing = getattr(args, "activation_checkpointing", False) or getattr(args, "gradient_checkpointing", False)
-    if checkpointing and plan.tuner == "prefix_tuning":
-        raise MethodError("prefix_tuning does not work with gradient checkpointing (PEFT's limit): drop one of them.")
-    if args.n_gpu > 1 and plan.plugins:
-        raise MethodError("nn.DataParallel cannot run plugins: start the script with `accelerate launch` instead.")
-    if args.ddp_find_unused_parameters is None and any("may_train" in p.hooks() for p in plan.plugins):
-        # A frozen parameter gets no gradient, and DDP would wait for it for ever.
-        args.ddp_find_unused_parameters = True
-
-
-def _fill_collator(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Without a collator of the user's own, take the task's, with the tokenizer that preprocessed the data."""
-    tokenizer = kwargs.get("processing_class") or plan.task.tokenizer
-    if tokenizer is not None and len(args) < 3 and kwargs.get("data_collator") is None:
-        kwargs["data_collator"] = plan.task.collator(tokenizer)
-
-
 def _rows(batch: Mapping[str, Any]) -> int:
     return next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim()), 0)
 
@@ -384,20 +347,3 @@ def _first_definition(cls: type[Any], method: str) -> type[Any]:
     """The class after Bridge in the order of resolution that defines `method`."""
     order = cls.__mro__[cls.__mro__.index(Bridge) + 1 :]
     return next(base for base in order if method in vars(base))
-
-
-def _scales_by_items(model: nn.Module) -> bool:
-    """Whether the model's own loss really divides by `num_items_in_batch`.
-
-    Only `ForCausalLMLoss`, called by the model's forward through `self.loss_function`, is known to; a model may also
-    say so itself (`accepts_loss_kwargs`).
-    """
-    base = transformers_model(model)
-    declared = getattr(base, "accepts_loss_kwargs", None)
-    if declared is not None:
-        return bool(declared)
-    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
-
-    causal = LOSS_MAPPING.get(getattr(base, "loss_type", None) or "") is ForCausalLMLoss
-    encoder_decoder = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
-    return causal and not encoder_decoder and "loss_function(" in inspect.getsource(inspect.unwrap(type(base).forward))

@@ -74,6 +74,10 @@ def open_source(name: str | os.PathLike[str], task: Task, model_kwargs: Mapping[
         )
     with torch.device("meta"):
         skeleton = auto_class.from_config(config, trust_remote_code=bool(wanted.get("trust_remote_code")))
+    stored = getattr(config, "quantization_config", None)
+    if isinstance(stored, dict) and type(skeleton).__name__ not in (config.architectures or ()):
+        # The body alone is stored, quantised; the head is new, and in packed weights it could not train.
+        stored["llm_int8_skip_modules"] = [*(stored.get("llm_int8_skip_modules") or ()), *find_heads(skeleton)]
     return Source(name, config, auto_class, skeleton)
 
 

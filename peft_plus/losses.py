@@ -6,14 +6,17 @@ micro-batch by its own count instead gives a mean of means, which differs as soo
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .ask import ask
 from .errors import PluginError
+from .layers import transformers_model
 from .plugin import LossTerm, Plugin, Run, Unit
 
 UNITS = get_args(Unit)
@@ -45,7 +48,7 @@ def collect(plugins: Sequence[Plugin], run: Run, batch: Mapping[str, Any], outpu
     terms: dict[str, LossTerm] = {}
     owner: dict[str, str] = {}
     for plugin in plugins:
-        for name, term in plugin.loss_terms(run, batch, output).items():
+        for name, term in ask(plugin, "loss_terms", run, batch, output).items():
             if name in terms:
                 raise PluginError(f"plugins {owner[name]!r} and {plugin.name!r} both add a loss term called {name!r}.")
             if not isinstance(term, LossTerm) or not isinstance(term.sum, Tensor) or term.sum.dim() != 0:
@@ -78,6 +81,23 @@ def mean(term: LossTerm) -> Tensor:
     if term.per == "step":
         return term.sum.detach()
     return term.sum.detach() / torch.as_tensor(term.count, device=term.sum.device).clamp(min=1)
+
+
+def scales_by_items(model: nn.Module) -> bool:
+    """Whether the model's own loss really divides by `num_items_in_batch`.
+
+    Only `ForCausalLMLoss`, called by the model's forward through `self.loss_function`, is known to; a model may also
+    say so itself (`accepts_loss_kwargs`).
+    """
+    base = transformers_model(model)
+    declared = getattr(base, "accepts_loss_kwargs", None)
+    if declared is not None:
+        return bool(declared)
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+    causal = LOSS_MAPPING.get(getattr(base, "loss_type", None) or "") is ForCausalLMLoss
+    encoder_decoder = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+    return causal and not encoder_decoder and "loss_function(" in inspect.getsource(inspect.unwrap(type(base).forward))
 
 
 def _shape(term: Any) -> str:

@@ -59,15 +59,15 @@ class Param:
 class LossTerm:
     """A summed, already weighted part of the loss, and over how much it was summed.
 
-    The core divides by the *whole* optimizer step's count (every micro-batch of every process), so a term weighs the
-    same whatever the accumulation, the number of processes and the raggedness of the batches:
-    contribution = Σ sum / Σ count.
+    The core divides by how many labels or examples the *whole* optimizer step holds (every micro-batch of every
+    process), so a term weighs the same whatever the accumulation, the number of processes and the raggedness of the
+    batches: contribution = Σ sum / N.
 
     Attributes:
         sum: scalar tensor, shape (), fp32, with gradient; already multiplied by the plugin's weight.
-        count: over how many labels or examples `sum` runs in this micro-batch (tensor or number, > 0); for
-            `per="step"` it is not used.
-        per: the unit of `count`. `label` = what the task's own loss averages over (tokens for language models),
+        count: over how many labels or examples `sum` runs in this micro-batch (tensor or number, > 0); for the mean in
+            the log. For `per="step"` it is not used.
+        per: the unit, and so which N. `label` = what the task's own loss averages over (tokens for language models),
             `example` = rows of the batch, `step` = the term counts once per optimizer step.
     """
 

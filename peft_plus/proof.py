@@ -46,29 +46,19 @@ class Engagement:
         self._tensors, self._group_of = tensors, group_of
         self._before = {name: checksum(tensor) for name, tensor in tensors.items()}
         self._steps: dict[str, int] = {}
-        self._graded: set[Group] = set()
+        self._strays: set[str] = set()
 
     def count(self, names: Iterable[str]) -> None:
-        """Note one update in which exactly these parameters trained, with a rate above zero."""
+        """Note one update, before it happens, in which exactly these parameters train, with a rate above zero."""
         for name in names:
+            if name not in self._steps and checksum(self._tensors[name]) != self._before[name]:
+                self._strays.add(name)  # it moved while it was still frozen
             self._steps[name] = self._steps.get(name, 0) + 1
-
-    def note_gradients(self, names: Iterable[str]) -> set[Group]:
-        """The groups among `names` of which no tensor has ever held a gradient. Call before an update."""
-        groups: set[Group] = set()
-        for name in names:
-            group = self._group_of(name)
-            if group is None:
-                continue
-            groups.add(group)
-            if self._tensors[name].grad is not None:
-                self._graded.add(group)
-        return groups - self._graded
 
     def finish(self) -> tuple[list[Row], list[str]]:
         """Compare with the start.
 
-        Returns: the rows, and the names of tensors that moved although they were never declared trainable.
+        Returns: the rows, and the names of tensors that moved before they were declared trainable, or without it.
         """
         moved = {name for name, tensor in self._tensors.items() if checksum(tensor) != self._before[name]}
         groups: dict[Group, list[str]] = {}
@@ -85,7 +75,7 @@ class Engagement:
             )
             for group, names in sorted(groups.items(), reverse=True)
         ]
-        return rows, sorted(moved - self._steps.keys())
+        return rows, sorted(self._strays | (moved - self._steps.keys()))
 
 
 def check(rows: list[Row], strays: list[str], num_blocks: int) -> None:

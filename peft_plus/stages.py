@@ -53,12 +53,18 @@ def fit(
     """
     from transformers import TrainingArguments
 
-    from .hf import Trainer, plan_of, with_plugins
+    from .arguments import plan_of
+    from .hf import Trainer, with_plugins
 
     plan = plan_of(model)
     if plan is None:
         raise MethodError(
             "fit runs a plan, and this model has none. Make it with get_model, or call attach(model, …) first."
+        )
+    if len(plan.stages) > 1 and any(o is not None for o in trainer_kwargs.get("optimizers") or ()):
+        raise MethodError(
+            f"This method runs in {len(plan.stages)} stages, each with an optimizer of its own, but optimizers= was "
+            "given. Pass optimizer_cls_and_kwargs=(class, settings) instead."
         )
     args = args if args is not None else TrainingArguments()
     stage_args = [_arguments_of(stage, args, nested=len(plan.stages) > 1) for stage in plan.stages]

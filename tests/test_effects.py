@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments, default_data_collator
 
 import peft_plus
-from peft_plus import EngagementError, MethodError, Plugin, Run, get_model
+from peft_plus import EngagementError, MethodError, Plugin, PluginError, Run, get_model
 from peft_plus.effects import Effects
 
 from .models import batch, tiny
@@ -261,7 +261,7 @@ def test_epochs_need_data_with_a_length(tmp_path):
     trainer = peft_plus.Trainer(
         model, arguments(tmp_path, max_steps=2), train_dataset=Stream(), data_collator=default_data_collator
     )
-    with pytest.raises(ValueError, match="every=<optimizer steps>"):
+    with pytest.raises(PluginError, match=r"'gradual_unfreeze' \(peft-plus-freezing .*every=<optimizer steps>"):
         trainer.train()
 
 

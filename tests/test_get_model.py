@@ -268,6 +268,17 @@ def test_a_base_that_is_stored_quantised(folders: dict[str, Path], tmp_path: Pat
     assert get_model(wide, "lora").peft_plus.quantization == "nf4"
 
 
+def test_a_body_that_is_stored_quantised_gets_a_head_that_trains(folders: dict[str, Path], tmp_path: Path) -> None:
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    transformers.AutoModel.from_pretrained(folders["wide"], quantization_config=config).save_pretrained(tmp_path)
+    model = get_model(tmp_path, "lora", **CLASSES)
+    assert type(model.get_base_model().bert.encoder.layer[0].output.dense.weight).__name__ == "Params4bit"
+    head = model.get_base_model().classifier.modules_to_save["default"]
+    assert type(head) is nn.Linear
+    model.train()(**batch("bert")).loss.backward()
+    assert head.weight.grad.abs().sum() > 0
+
+
 # --- Every tuner of the installed PEFT ---
 
 LLAMA = {"task": "CAUSAL_LM"}

@@ -281,7 +281,7 @@ def test_a_lora_model_too(tmp_path):
 
 
 def test_stock_transformers_is_four_times_too_large(tmp_path):
-    """transformers#47688. When this fails they have fixed it, and `_scales_by_items` in hf.py may go."""
+    """transformers#47688. When this fails they have fixed it, and `scales_by_items` in losses.py may go."""
     model = model_of("bert", "SEQ_CLS")
     untouched = copy.deepcopy(model)
     recorder = run(

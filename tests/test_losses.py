@@ -112,6 +112,18 @@ def test_what_is_no_summed_scalar_is_an_error(wrong, said):
         collect([giving("one", x=wrong)], RUN, {}, None)
 
 
+def test_a_plugin_that_raises_is_named_with_hook_and_step():
+    class Broken(Plugin):
+        name = "broken"
+
+        def loss_terms(self, run, batch, output):
+            raise KeyError("labels")
+
+    RUN.step = 7
+    with pytest.raises(PluginError, match=r"plugin 'broken' \(.*\) failed in loss_terms at step 7: KeyError: 'labels'"):
+        collect([Broken()], RUN, {}, None)
+
+
 @pytest.mark.parametrize("per", ["labels", "batch", ""])
 def test_an_unknown_unit_is_an_error(per):
     with pytest.raises(PluginError, match=r"'one'.*'x'.*per="):

@@ -158,6 +158,17 @@ def test_what_was_never_declared_need_not_move_and_must_not():
             check(*watch.finish(), num_blocks=1)
 
 
+def test_what_moves_before_its_own_thaw_is_caught():
+    tensors, watch = watched()
+    watch.count(["head.w"])
+    move(tensors["head.w"])
+    move(tensors["block.w"])  # still frozen
+    watch.count(["head.w", "block.w"])
+    move(tensors["block.w"])
+    with pytest.raises(EngagementError, match=r"1 frozen tensors moved, e\.g\. 'block\.w'"):
+        check(*watch.finish(), num_blocks=1)
+
+
 def test_both_faults_are_told():
     tensors, watch = watched()
     watch.count(["block.w"])

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import TrainerCallback, TrainingArguments, default_data_collator
 
 import peft_plus
-from peft_plus import MethodError, Run, get_model
+from peft_plus import MethodError, PluginError, Run, get_model
 from peft_plus_stability.r3f import (
     R3F,
     example_noise,
@@ -465,7 +465,7 @@ def test_the_value_inside_a_peft_model(name, task, tuner):
 
 def test_noise_that_bf16_swallows_is_an_error(tmp_path):
     model = get_model(tiny("bert").bfloat16(), ["full", "r3f"])
-    with pytest.raises(ValueError, match=r"vanishes in torch\.bfloat16.*fp32.*larger noise"):
+    with pytest.raises(PluginError, match=r"'r3f' \(peft-plus-stability .*vanishes in torch\.bfloat16.*fp32.*larger noise"):
         trainer_of(model, rows_of(batch("bert")), tmp_path).train()
 
 
@@ -504,13 +504,13 @@ def test_embeddings_given_by_hand_are_an_error(tmp_path):
     data = batch("bert")
     data["inputs_embeds"] = model.get_input_embeddings()(data.pop("input_ids")).detach()
     model = get_model(model, ["full", "r3f"])
-    with pytest.raises(ValueError, match=r"inputs_embeds.*Give `input_ids`"):
+    with pytest.raises(PluginError, match=r"'r3f'.*inputs_embeds.*Give `input_ids`"):
         trainer_of(model, rows_of(data), tmp_path).train()
 
 
 def test_a_model_without_embeddings_is_an_error(tmp_path):
     model = get_model(tiny("resnet"), ["full", "r3f"])
-    with pytest.raises(ValueError, match="ResNetForImageClassification has no input embeddings"):
+    with pytest.raises(PluginError, match="'r3f'.*ResNetForImageClassification has no input embeddings"):
         trainer_of(model, rows_of(batch("resnet")), tmp_path).train()
 
 
