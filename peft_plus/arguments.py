@@ -11,6 +11,8 @@ from transformers import TrainingArguments
 from .compose import Plan
 from .errors import MethodError
 
+_ROWS_LOOKED_AT = 64
+
 
 def plan_of(model: Any) -> Plan | None:
     """The plan that hangs on a model itself (not on one inside it), or None."""
@@ -50,7 +52,27 @@ def check_arguments(plan: Plan, args: TrainingArguments | None) -> None:
 
 
 def fill_collator(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Without a collator of the user's own, take the task's, with the tokenizer that preprocessed the data."""
+    """Without a collator of the user's own, take the task's, with the tokenizer that preprocessed the data.
+
+    Raises:
+        MethodError: no tokenizer is known, and the rows differ in length, so nothing could batch them.
+    """
+    if len(args) > 2 or kwargs.get("data_collator") is not None:
+        return
     tokenizer = kwargs.get("processing_class") or plan.task.tokenizer
-    if tokenizer is not None and len(args) < 3 and kwargs.get("data_collator") is None:
+    if tokenizer is not None and plan.task.name:
         kwargs["data_collator"] = plan.task.collator(tokenizer)
+    elif tokenizer is None and _ragged(kwargs.get("train_dataset")):
+        raise MethodError(
+            "The rows of train_dataset differ in length and must be padded, but with which token is unknown: "
+            "this model's task did not tokenise them. Pass processing_class=tokenizer, or a data_collator."
+        )
+
+
+def _ragged(dataset: Any) -> bool:
+    """Whether the first rows of a dataset, where it can be looked into, have token ids of different length."""
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        return False
+    rows = [dataset[i] for i in range(min(len(dataset), _ROWS_LOOKED_AT))]
+    lengths = {len(row["input_ids"]) for row in rows if isinstance(row, Mapping) and "input_ids" in row}
+    return len(lengths) > 1

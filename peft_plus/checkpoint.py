@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Mapping
 from functools import update_wrapper
@@ -135,7 +136,7 @@ def record(plan: Plan, thawed: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         "task": {"name": plan.task.name, "settings": plan.task.settings()},
         "quantization": plan.quantization,
         "base": dict(plan.base),
-        "trained_parameters": sum(_numel(p.shape) for p in plan.params.values()),
+        "trained_parameters": sum(math.prod(p.shape) for p in plan.params.values()),
         "thawed_tensors": sorted(thawed),
         "versions": {
             name: version(name) for name in ("peft-plus", "peft", "transformers", "accelerate", "torch", "bitsandbytes")
@@ -161,10 +162,6 @@ def fingerprint(model: nn.Module) -> str:
             step = max(1, flat.numel() // _SAMPLE)
             digest.update(flat[::step][:_SAMPLE].to("cpu", torch.float32).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape).numel())
 
 
 def _replace(path: Path, write_to: Any) -> None:

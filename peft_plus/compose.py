@@ -86,6 +86,11 @@ class Plan:
     timeline: list[Change] = field(default_factory=list)
     engagement: dict[str, list[Row]] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        from .summary import summary
+
+        return summary(self)
+
     def active(self, stage: Stage) -> tuple[Plugin, ...]:
         """The plugins at work in a stage."""
         return tuple(p for p in self.plugins if stage.plugins is None or p.name in stage.plugins)

@@ -51,7 +51,8 @@ class Bridge(_Trainer):
         plan = plan_in(args, kwargs)
         if plan is not None:
             check_arguments(plan, find_argument(TrainingArguments, args, kwargs))
-            fill_collator(plan, args, kwargs)
+            if _first_definition(type(self), "__init__") in (transformers.Trainer, transformers.Seq2SeqTrainer):
+                fill_collator(plan, args, kwargs)  # other Trainer classes bring collators of their own
         super().__init__(*args, **kwargs)
         self._task = plan.task if plan else infer_task(self.model)
         self._owns_loss = _first_definition(type(self), "compute_loss") is transformers.Trainer

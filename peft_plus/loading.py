@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +50,41 @@ class Source:
     config: PretrainedConfig
     auto_class: Any
     skeleton: nn.Module
+
+
+def refuse_options(**options: Any) -> None:
+    """Raise MethodError for an option that is for loading, where a loaded model was given."""
+    for name, value in options.items():
+        if value is not None:
+            raise MethodError(
+                f"{name}= is for loading, but a loaded model was given. Give it to from_pretrained, or give get_model "
+                "the id or folder."
+            )
+
+
+def load_options(device_map: Any, dtype: Any, model_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What `from_pretrained` gets, checked; raises MethodError for what is given twice or belongs elsewhere."""
+    if model_kwargs is not None and not isinstance(model_kwargs, Mapping):
+        raise MethodError(f"model_kwargs={model_kwargs!r} is a {type(model_kwargs).__name__}; expected a mapping.")
+    options = dict(model_kwargs or {})
+    named: Sequence[tuple[str, Any]] = (("device_map", device_map), ("dtype", dtype))
+    for name in ("num_labels", "quantization_config", "config"):
+        if name in options:
+            instead = {"quantization_config": "quantization=", "num_labels": "num_labels=", "config": "a loaded model"}[
+                name
+            ]
+            raise MethodError(f"model_kwargs holds {name!r}; give {instead} instead, so that it is checked.")
+    for name, value in named:
+        if value is None:
+            continue
+        if name in options:
+            raise MethodError(f"{name} is given twice: as {name}= and in model_kwargs.")
+        options[name] = value
+    if dtype not in (None, "auto") and not isinstance(dtype, Mapping):
+        kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+            raise MethodError(f"dtype={dtype!r} is no floating-point torch dtype; e.g. 'bfloat16' or torch.bfloat16.")
+    return options
 
 
 def open_source(name: str | os.PathLike[str], task: Task, model_kwargs: Mapping[str, Any]) -> Source:

@@ -250,3 +250,10 @@ def test_the_plan_puts_the_probe_before_whatever_is_there():
     assert tuple(rest) == given
     assert (probe.name, probe.train, probe.plugins) == ("probe", "head", ())
     assert probe.args == {"num_train_epochs": 2.0, "learning_rate": 0.1, "max_steps": -1}
+
+
+def test_one_optimizer_for_both_stages_is_refused(tmp_path):
+    model = get_model(tiny("bert"), ["lora", "lp_ft"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(MethodError, match=r"2 stages, each with an optimizer of its own.*optimizer_cls_and_kwargs"):
+        peft_plus.fit(model, arguments(tmp_path), optimizers=(optimizer, None))
