@@ -22,6 +22,7 @@ def before_imports() -> None:
     # Everything is local (`make inputs`): without this, each model would first ask the hub.
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["TQDM_DISABLE"] = "1"  # the bar of the one-time conversion of SmolLM2 cannot be reached otherwise
     # OpenMP threads that wait for each other spin by default. Where the cores are shared with other programs, that
     # makes a step on two threads up to ten times slower than on one; waiting passively, never.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
-from peft_plus import Trainer, get_model
+from peft_plus import PluginError, Trainer, get_model
 from peft_plus_confidence_penalty import ConfidencePenalty, entropy
 
 WORDS = 50
@@ -99,5 +99,6 @@ def test_a_negative_weight_is_refused() -> None:
 
 def test_a_task_without_classes_is_refused(tmp_path: Path) -> None:
     data = rows().remove_columns("labels").add_column("labels", [[0.0, 1.0, 0.0]] * 24)
-    with pytest.raises(ValueError, match="one class per label"):
+    # An error in a hook comes as PluginError, under the plugin's name and distribution.
+    with pytest.raises(PluginError, match=r"'confidence_penalty' \(peft-plus-confidence-penalty .*one class per label"):
         trained(["lora", "confidence_penalty"], tmp_path, data, problem_type="multi_label_classification")

@@ -1,0 +1,1 @@
+"""Measurements: what techniques do on real models and data, and what they cost."""
