@@ -51,22 +51,24 @@ def check_arguments(plan: Plan, args: TrainingArguments | None) -> None:
         args.ddp_find_unused_parameters = True
 
 
-def fill_collator(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def default_collator(plan: Plan, model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Without a collator of the user's own, take the task's, with the tokenizer that preprocessed the data.
 
+    Returns: the collator, or None where the Trainer's own default serves.
     Raises:
         MethodError: no tokenizer is known, and the rows differ in length, so nothing could batch them.
     """
     if len(args) > 2 or kwargs.get("data_collator") is not None:
-        return
+        return None
     tokenizer = kwargs.get("processing_class") or plan.task.tokenizer
     if tokenizer is not None and plan.task.name:
-        kwargs["data_collator"] = plan.task.collator(tokenizer)
-    elif tokenizer is None and _ragged(kwargs.get("train_dataset")):
+        return plan.task.collator(tokenizer, model)
+    if tokenizer is None and _ragged(kwargs.get("train_dataset")):
         raise MethodError(
             "The rows of train_dataset differ in length and must be padded, but with which token is unknown: "
             "this model's task did not tokenise them. Pass processing_class=tokenizer, or a data_collator."
         )
+    return None
 
 
 def _ragged(dataset: Any) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 
 from . import loading, registry
 from .checkpoint import SavePretrained, fingerprint
-from .compose import Method, Plan, Tuner, check_needs, plan_stages, resolve
+from .compose import Method, Plan, Tuner, check_needs, resolve
 from .effects import trainable_names
 from .errors import MethodError
 from .layers import Layers, find_heads, layer_map, transformers_model
@@ -47,7 +47,7 @@ def get_model(
     the model without memory.
 
     Args:
-        model: hub id, folder, or a loaded model (which then keeps its own dtype, placement and quantisation).
+        model: hub id, folder, or a loaded model (which then keeps its own placement and quantisation).
         method: what trains and how: a name, a PEFT config or plugin object, a list of those, or a mapping name →
             settings. At most one tuner; `full` where none is named.
         task: what is learned: a name such as `"SEQ_CLS"`, or a Task object. Picks the AutoModel class of an id or
@@ -72,7 +72,7 @@ def get_model(
         resolved = resolve(method, settings, chosen.peft_task_type)
         tuner = resolved.tuner or Tuner("full")
         _check(resolved, tuner, chosen, loading.scheme_of_model(model))
-        return _finish(model, resolved, tuner, chosen)
+        return _finish(loading.prepare_quantised(model), resolved, tuner, chosen)
     if not isinstance(model, (str, os.PathLike)):
         raise MethodError(
             f"model={model!r} is a {type(model).__name__}; give a hub id, a folder, or a loaded torch model."
@@ -92,7 +92,8 @@ def get_model(
             "folder, and give that folder."
         )
     _check(resolved, tuner, chosen, scheme)
-    source = loading.open_source(model, chosen, options)
+    source = loading.open_source(model, chosen, options, by_name=not isinstance(task, Task))
+    chosen = source.task
     stored = loading.scheme_of_model(source.skeleton)
     if stored is not None:
         if scheme is not None:
@@ -105,6 +106,8 @@ def get_model(
 
 def attach(model: nn.Module, method: Any, *, task: str | Task | None = None) -> Any:
     """Give plugins to a model as it stands, e.g. one that plain PEFT made; again after changing what trains.
+
+    A plan that hangs there already is replaced, plugins and stages included: name all of them.
 
     Args:
         model: a PeftModel, or a transformers model that trains as a whole.
@@ -166,7 +169,6 @@ def _check(method: Method, tuner: Tuner, task: Task, scheme: str | None) -> None
                 f"{tuner.name!r} cannot train a new head (its config has no modules_to_save); {task.name!r} needs one."
             )
     check_needs(method.plugins, method.origins, tuner, task)
-    plan_stages(method.plugins, method.origins)
 
 
 def _rehearse(source: loading.Source, tuner: Tuner, task: Task, method: Method) -> None:
@@ -199,7 +201,7 @@ def _with_plan(model: nn.Module, method: Method, tuner: Tuner, task: Task) -> nn
         task=task,
         layers=layers,
         params=params,
-        stages=plan_stages(method.plugins, method.origins),
+        stages=method.stages,
         quantization=loading.scheme_of_model(base),
         base={
             "name_or_path": getattr(base, "name_or_path", "") or "",
@@ -229,7 +231,13 @@ def _params(model: nn.Module, layers: Layers) -> dict[str, Param]:
     heads = find_heads(model)
     tensors = dict(model.named_parameters())
     return {
-        name: Param(name, tuple(tensors[name].shape), layers.depth[name], part_of(name, model, heads))
+        name: Param(
+            name,
+            tuple(tensors[name].shape),
+            layers.depth[name],
+            part_of(name, model, heads),
+            quantised=not tensors[name].is_floating_point(),
+        )
         for name in trainable_names(model)
     }
 

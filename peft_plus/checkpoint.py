@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .compose import Plan
-from .layers import find_heads
+from .layers import find_heads, transformers_model
 from .parts import bare_name, part_of
 
 logger = logging.getLogger(__name__)
@@ -55,10 +55,18 @@ class SavePretrained:
 
     def __call__(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         model = self._model
+        _name_labels(model, model.peft_plus)
         result = type(model).save_pretrained(model, save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             write(Path(save_directory), model, model.peft_plus)
         return result
+
+
+def _name_labels(model: nn.Module, plan: Plan) -> None:
+    """Write into the config what the task learned of its classes, before it is saved with the weights."""
+    names, config = plan.task.label_names_in_use, getattr(transformers_model(model), "config", None)
+    if names and config is not None:
+        config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
 
 
 def write(folder: Path, model: nn.Module, plan: Plan) -> None:
@@ -133,7 +141,11 @@ def record(plan: Plan, thawed: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         "format": _FORMAT,
         "tuner": plan.tuner,
         "plugins": [{"name": p.name, "origin": plan.origins[p.name], "settings": p.settings()} for p in plan.plugins],
-        "task": {"name": plan.task.name, "settings": plan.task.settings()},
+        "task": {
+            "name": plan.task.name,
+            "settings": plan.task.settings(),
+            "labels": plan.task.label_names_in_use,
+        },
         "quantization": plan.quantization,
         "base": dict(plan.base),
         "trained_parameters": sum(math.prod(p.shape) for p in plan.params.values()),
@@ -158,6 +170,8 @@ def fingerprint(model: nn.Module) -> str:
                 continue
             name = bare_name(name, model)
             digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
+            if tensor.is_meta:  # offloaded by Accelerate: its values are not at hand
+                continue
             flat = tensor.detach().reshape(-1)
             step = max(1, flat.numel() // _SAMPLE)
             digest.update(flat[::step][:_SAMPLE].to("cpu", torch.float32).numpy().tobytes())

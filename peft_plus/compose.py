@@ -49,11 +49,12 @@ class Tuner:
 
 @dataclass(frozen=True)
 class Method:
-    """A tuner (None when the user named none) and plugins, in the order in which they act."""
+    """A tuner (None when the user named none), plugins in the order in which they act, and the stages they plan."""
 
     tuner: Tuner | None
     plugins: tuple[Plugin, ...]
     origins: Mapping[str, str]
+    stages: tuple[Stage, ...] = (Stage(),)
 
 
 @dataclass
@@ -123,7 +124,8 @@ def resolve(method: Any, loose: Mapping[str, Any] | None = None, task_type: str 
         names = " and ".join(repr(t.name) for t in tuners)
         raise MethodError(f"A model has at most one tuner, but the method names {names}. Keep one of them.")
     _check_conflicts(plugins, origins)
-    return Method(tuners[0] if tuners else None, _ordered(plugins), origins)
+    ordered = _ordered(plugins)
+    return Method(tuners[0] if tuners else None, ordered, origins, plan_stages(ordered, origins))
 
 
 def check_needs(plugins: Sequence[Plugin], origins: Mapping[str, str], tuner: Tuner, task: Task) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from .ask import ask
@@ -163,6 +164,17 @@ class Effects:
             raise PluginError(f"A plugin's next_change answered {min(steps)} at step {run.step}; it must lie ahead.")
         return min(steps, default=None)
 
+    def recall(self, run: Run) -> None:
+        """After a resume: what trained before it, as the plugins tell, so that the timeline is whole."""
+        if not self._foresight or run.step == 0:
+            return
+        past, step = dataclasses.replace(run), 0
+        while step is not None and step < run.step:
+            past.step = step
+            groups = self.groups(lambda name: self._asks(past, self.plan.params[name]))
+            self.plan.timeline.append(Change(self.stage.name, step, run.max_steps, frozenset(groups)))
+            step = self._earliest_change(past)
+
     def never_trained(self, run: Run) -> set[Group]:
         """The groups that no step of this stage will train, as far as the plugins can tell ahead."""
         if not self._foresight:
@@ -182,6 +194,17 @@ class Effects:
     def trains(self, name: str) -> bool:
         """Whether a parameter trains at the current step."""
         return self._wanted.get(name, False)
+
+    def rest(self, model: nn.Module) -> None:
+        """Once the model is in train mode: norms with running statistics rest (eval mode) while they are frozen.
+
+        Their statistics are part of the base: they would go on moving without any gradient, and are saved by nobody.
+        """
+        for module in model.modules():
+            if not isinstance(module, _NormBase) or module.running_mean is None:
+                continue
+            if not any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+                module.eval()
 
     def drop_frozen_gradients(self) -> None:
         """After each backward: no frozen tensor may hold a gradient, however it got one (it would enter the norm)."""

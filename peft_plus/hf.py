@@ -15,8 +15,9 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from . import losses, proof
-from .arguments import check_arguments, fill_collator, find_argument, plan_in, plan_of
+from .arguments import check_arguments, default_collator, find_argument, plan_in, plan_of
 from .checkpoint import THAWED, load_thawed
+from .compose import Plan
 from .effects import Effects
 from .errors import EngagementError, MethodError
 from .losses import StepTotals
@@ -51,17 +52,27 @@ class Bridge(_Trainer):
         plan = plan_in(args, kwargs)
         if plan is not None:
             check_arguments(plan, find_argument(TrainingArguments, args, kwargs))
-            if _first_definition(type(self), "__init__") in (transformers.Trainer, transformers.Seq2SeqTrainer):
-                fill_collator(plan, args, kwargs)  # other Trainer classes bring collators of their own
+            self._choose_collator(plan, kwargs.get("model", args[0] if args else None), args, kwargs)
         super().__init__(*args, **kwargs)
+        if plan is None and (plan := plan_of(self.model)) is not None:  # from model_init
+            check_arguments(plan, self.args)
+            self._choose_collator(plan, self.model, args, kwargs)
+            self.data_collator = kwargs.get("data_collator") or self.data_collator
         self._task = plan.task if plan else infer_task(self.model)
         self._owns_loss = _first_definition(type(self), "compute_loss") is transformers.Trainer
         if not losses.scales_by_items(self.model):
             # transformers#47688: the model takes **kwargs but ignores num_items_in_batch, so its mean loss would count
             # once per micro-batch and per process.
             self.model_accepts_loss_kwargs = False
-        self._means: dict[str, list[Tensor]] = {}
+        self._means: dict[str, tuple[Tensor, int]] = {}  # loss term → sum of its means since the last log, how many
         self.add_callback(_Events(self))
+
+    def _choose_collator(self, plan: Plan, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if _first_definition(type(self), "__init__") not in (transformers.Trainer, transformers.Seq2SeqTrainer):
+            return  # other Trainer classes bring collators of their own
+        collator = default_collator(plan, model, args, kwargs)
+        if collator is not None:
+            kwargs["data_collator"] = collator
 
     # ---- the life of a run -------------------------------------------------------------------------------------
 
@@ -137,6 +148,7 @@ class Bridge(_Trainer):
         if never:
             names = ", ".join(label(g, plan.layers.num_blocks) for g in sorted(never, reverse=True))
             logger.warning("In these %d steps the schedule never trains: %s.", self.state.max_steps, names)
+        self._effects.recall(self._run)
         self._effects.apply(self._run)
 
     def _step_begin(self) -> None:
@@ -215,6 +227,8 @@ class Bridge(_Trainer):
     ) -> Any:
         if not self._in_step or self._totals is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch, **kwargs)
+        if self._effects is not None:
+            self._effects.rest(self.model)
         batch = dict(inputs)
         loss, output = super().compute_loss(model, inputs, True, num_items_in_batch=num_items_in_batch, **kwargs)
         scaled = self._already_scaled(num_items_in_batch)
@@ -244,7 +258,8 @@ class Bridge(_Trainer):
         terms = losses.collect(plugins, self._run, batch, output)
         self._seen += _rows(batch) * self.accelerator.num_processes
         for name, term in terms.items():
-            self._means.setdefault(name, []).append(losses.mean(term))
+            total, number = self._means.get(name, (torch.zeros(()), 0))
+            self._means[name] = (losses.mean(term) + total.to(term.sum.device), number + 1)
         return terms
 
     def _term_plugins(self) -> list[Plugin]:
@@ -254,8 +269,8 @@ class Bridge(_Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            for name, values in self._means.items():
-                logs[name] = round(float(torch.stack(values).mean()), 6)
+            for name, (total, number) in self._means.items():
+                logs[name] = round(float(total) / number, 6)
             self._means.clear()
             if self._effects is not None:
                 logs.update(self._run.logged)

@@ -16,6 +16,7 @@ from torch import nn
 from .errors import MethodError
 from .layers import find_heads
 from .names import nearest
+from .tasks.choose import agree_with_config
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PretrainedConfig
@@ -41,12 +42,14 @@ class Source:
 
     Attributes:
         name: hub id or folder.
+        task: the task; as its trained head tells it, where the folder holds one.
         config: its config, with the task's settings.
         auto_class: the AutoModel class that the task picks.
         skeleton: the model on the meta device: every module, no memory.
     """
 
     name: str
+    task: Task
     config: PretrainedConfig
     auto_class: Any
     skeleton: nn.Module
@@ -87,8 +90,13 @@ def load_options(device_map: Any, dtype: Any, model_kwargs: Mapping[str, Any] | 
     return options
 
 
-def open_source(name: str | os.PathLike[str], task: Task, model_kwargs: Mapping[str, Any]) -> Source:
+def open_source(
+    name: str | os.PathLike[str], task: Task, model_kwargs: Mapping[str, Any], *, by_name: bool = True
+) -> Source:
     """Read the config and build the skeleton; loads no weights.
+
+    Args:
+        by_name: whether the user named the task only, so that a trained head in the folder may tell the rest.
 
     Raises:
         MethodError: the folder does not exist or holds an adapter, or the task does not fit the architecture.
@@ -99,6 +107,9 @@ def open_source(name: str | os.PathLike[str], task: Task, model_kwargs: Mapping[
     name = os.fspath(name)
     _check_folder(name)
     wanted = {k: v for k, v in model_kwargs.items() if k in _CONFIG_KWARGS}
+    stored = AutoConfig.from_pretrained(name, **wanted)
+    new_head = bool(model_kwargs.get("ignore_mismatched_sizes"))
+    task = agree_with_config(task, stored, by_name=by_name, new_head=new_head)
     config = AutoConfig.from_pretrained(name, **wanted, **task.config_kwargs())
     auto_class = task.auto_class(config)
     if type(config) not in auto_class._model_mapping and not wanted.get("trust_remote_code"):
@@ -113,7 +124,7 @@ def open_source(name: str | os.PathLike[str], task: Task, model_kwargs: Mapping[
     if isinstance(stored, dict) and type(skeleton).__name__ not in (config.architectures or ()):
         # The body alone is stored, quantised; the head is new, and in packed weights it could not train.
         stored["llm_int8_skip_modules"] = [*(stored.get("llm_int8_skip_modules") or ()), *find_heads(skeleton)]
-    return Source(name, config, auto_class, skeleton)
+    return Source(name, task, config, auto_class, skeleton)
 
 
 def load(source: Source, quantization: BitsAndBytesConfig | None, kwargs: Mapping[str, Any]) -> nn.Module:
@@ -125,7 +136,11 @@ def load(source: Source, quantization: BitsAndBytesConfig | None, kwargs: Mappin
     extra = dict(kwargs)
     if quantization is not None:
         extra["quantization_config"] = quantization
-    model = source.auto_class.from_pretrained(source.name, config=source.config, **extra)
+    return prepare_quantised(source.auto_class.from_pretrained(source.name, config=source.config, **extra))
+
+
+def prepare_quantised(model: nn.Module) -> nn.Module:
+    """PEFT's k-bit preparation where the model is quantised: base frozen, what is not packed in fp32. In place."""
     if scheme_of_model(model) in ("int8", "nf4", "fp4"):
         from peft import prepare_model_for_kbit_training
 

@@ -12,6 +12,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
@@ -212,8 +213,21 @@ class Plugin:
         """For each training micro-batch: what to add to the task's loss, by name. Names are unique over plugins."""
         return {}
 
+    def __post_init__(self) -> None:
+        """Override to check the values of settings; their types are checked before."""
+        _check_settings(self)
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        own = vars(cls).get("__post_init__")
+        if own is not None:
+
+            @wraps(own)
+            def checked(self: Plugin) -> None:
+                _check_settings(self)  # first, so that a class may compare numbers without asking what they are
+                own(self)
+
+            cls.__post_init__ = checked
         for name, value in vars(cls).items():
             function = value.__func__ if isinstance(value, staticmethod | classmethod) else value
             if not name.startswith("_") and inspect.isfunction(function):
@@ -233,6 +247,12 @@ HOOKS: tuple[str, ...] = ("plan_stages", "may_train", "lr_scale", "lr_key", "nex
 """Every hook there is. Anything else a plugin defines without a leading underscore is refused."""
 
 _RESERVED = frozenset({"hooks", "settings"})
+
+
+def _check_settings(plugin: Plugin) -> None:
+    from .settings import check_types
+
+    check_types(type(plugin), plugin.settings(), f"plugin {plugin.name!r}")
 
 
 def _check_hook(cls: type[Plugin], name: str, function: Callable[..., Any]) -> None:

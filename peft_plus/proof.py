@@ -24,14 +24,16 @@ class Row:
 
     Attributes:
         group: (depth, part).
-        steps: updates with a rate above zero in which it was declared trainable.
+        steps: updates with a rate above zero in which it was declared trainable, of those that this process ran.
         tensors: how many tensors it has, and how many `moved`.
+        reached: whether any of them ever held a gradient.
     """
 
     group: Group
     steps: int
     tensors: int
     moved: int
+    reached: bool = True
 
 
 class Engagement:
@@ -47,12 +49,15 @@ class Engagement:
         self._before = {name: checksum(tensor) for name, tensor in tensors.items()}
         self._steps: dict[str, int] = {}
         self._strays: set[str] = set()
+        self._reached: set[str] = set()
 
     def count(self, names: Iterable[str]) -> None:
         """Note one update, before it happens, in which exactly these parameters train, with a rate above zero."""
         for name in names:
             if name not in self._steps and checksum(self._tensors[name]) != self._before[name]:
                 self._strays.add(name)  # it moved while it was still frozen
+            if self._tensors[name].grad is not None:
+                self._reached.add(name)
             self._steps[name] = self._steps.get(name, 0) + 1
 
     def finish(self) -> tuple[list[Row], list[str]]:
@@ -72,6 +77,7 @@ class Engagement:
                 max((self._steps.get(n, 0) for n in names), default=0),
                 len(names),
                 len(moved.intersection(names)),
+                not self._reached.isdisjoint(names),
             )
             for group, names in sorted(groups.items(), reverse=True)
         ]
@@ -80,7 +86,13 @@ class Engagement:
 
 def check(rows: list[Row], strays: list[str], num_blocks: int) -> None:
     """Raise EngagementError where a declared group never moved, or a frozen tensor did."""
-    idle = [label(row.group, num_blocks) for row in rows if row.steps and not row.moved]
+    idle = []
+    for row in (r for r in rows if r.steps and not r.moved):
+        if not row.reached and row.group[1] != "head" and not 1 <= row.group[0] <= num_blocks:
+            # E.g. a pooler beside a loss over the hidden states: the model has it, this loss does not use it.
+            logger.warning("No gradient ever reached %s: the loss does not use it.", label(row.group, num_blocks))
+        else:
+            idle.append(label(row.group, num_blocks))
     wrong = []
     if idle:
         wrong.append(
@@ -109,6 +121,8 @@ def checksum(tensor: Tensor) -> tuple[int, int]:
     One changed element always changes the first sum; two changes that cancel there, as when values change places, do
     not cancel in the second, where each counts by its position i.
     """
+    if tensor.is_meta:  # offloaded by Accelerate: frozen, and out of reach
+        return 0, 0
     flat = tensor.detach().contiguous().reshape(-1)
     bits = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
     first, second = 0, 0

@@ -34,7 +34,7 @@ class Stage:
 
 def fit(
     model: nn.Module,
-    args: TrainingArguments | None = None,
+    args: TrainingArguments,
     *,
     trainer_class: type[Any] | None = None,
     **trainer_kwargs: Any,
@@ -51,8 +51,6 @@ def fit(
     Raises:
         MethodError: the model has no plan, or a stage sets an argument that TrainingArguments does not have.
     """
-    from transformers import TrainingArguments
-
     from .arguments import plan_of
     from .hf import Trainer, with_plugins
 
@@ -66,7 +64,6 @@ def fit(
             f"This method runs in {len(plan.stages)} stages, each with an optimizer of its own, but optimizers= was "
             "given. Pass optimizer_cls_and_kwargs=(class, settings) instead."
         )
-    args = args if args is not None else TrainingArguments()
     stage_args = [_arguments_of(stage, args, nested=len(plan.stages) > 1) for stage in plan.stages]
     outputs = []
     for stage, own in zip(plan.stages, stage_args, strict=True):

@@ -26,7 +26,9 @@ def label(group: Group, num_blocks: int) -> str:
     """`embeddings`, `block 3` or `head`, with the part where it says something more."""
     depth, part = group
     place = depth_label(depth, num_blocks)
-    return place if part in ("head", "base") or depth > num_blocks else f"{place} {part}"
+    if depth > num_blocks and part != "head":
+        place = "top"  # above the last block, and not the task's head: a final norm, a pooler
+    return place if part in ("head", "base") else f"{place} {part}"
 
 
 def draw(changes: Sequence[Change], num_blocks: int, width: int = 40) -> str:

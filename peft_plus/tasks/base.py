@@ -56,6 +56,11 @@ class Task(ABC):
         """Name → value of every setting."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
 
+    @property
+    def label_names_in_use(self) -> list[str] | None:
+        """The names of the classes, in the head's order: as set, or as learned from the data; None for none."""
+        return None
+
     @abstractmethod
     def auto_class(self, config: PretrainedConfig) -> type:
         """The transformers Auto class that builds this task's model for `config`."""
@@ -89,8 +94,12 @@ class Task(ABC):
         raise NotImplementedError(f"{type(self).__name__} defines neither `_encode` nor `preprocess`.")
 
     @abstractmethod
-    def collator(self, tokenizer: Any) -> Callable[..., Any]:
-        """What turns a list of preprocessed rows into a padded batch: one of transformers' own collators."""
+    def collator(self, tokenizer: Any, model: Any = None) -> Callable[..., Any]:
+        """What turns a list of preprocessed rows into a padded batch: one of transformers' own collators.
+
+        Args:
+            model: whose inputs are made; some collators ask it for the decoder's.
+        """
 
     def count(self, batch: Mapping[str, Any]) -> Tensor | int:
         """Over how many labels the model's own mean loss of `batch` averages: shape (), on the labels' device."""

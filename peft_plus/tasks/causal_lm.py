@@ -98,7 +98,7 @@ class CausalLM(Task):
             return prompt, source.find("completion", self.completion, ("completion",))
         return None, source.find("text", self.text, ("text", "content"))
 
-    def collator(self, tokenizer: Any) -> Callable[..., Any]:
+    def collator(self, tokenizer: Any, model: Any = None) -> Callable[..., Any]:
         """DataCollatorForSeq2Seq: pads the labels as given.
 
         (The one for language modelling makes labels of the inputs and would drop a real eos that doubles as pad.)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -13,6 +14,9 @@ from ..layers import transformers_model
 from ..settings import check_plain, make
 from .base import Task
 from .infer import builds, infer_task
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def choose_task(task: str | Task, num_labels: int | None, model: nn.Module | None = None) -> Task:
@@ -35,9 +39,40 @@ def choose_task(task: str | Task, num_labels: int | None, model: nn.Module | Non
     takes_labels = any(f.name == "num_labels" for f in dataclasses.fields(cls))
     if num_labels is not None and not takes_labels:
         raise MethodError(f"num_labels={num_labels} was given, but the task {task!r} has no classes. Drop it.")
-    if num_labels is None and takes_labels and model is not None:
-        num_labels = getattr(getattr(transformers_model(model), "config", None), "num_labels", None)
+    config = getattr(transformers_model(model), "config", None) if model is not None else None
+    if takes_labels and config is not None and num_labels in (None, config.num_labels):
+        return cls.from_config(config)
     return make(cls, {} if num_labels is None else {"num_labels": num_labels}, f"task {entry.name!r} ({entry.origin})")
+
+
+def agree_with_config(task: Task, config: PretrainedConfig, *, by_name: bool, new_head: bool = False) -> Task:
+    """The task as the folder that it starts from tells it, where that folder holds a head for this very task.
+
+    A trained head knows its classes by their order: numbering the names of the data anew would shuffle them.
+
+    Args:
+        config: as stored, before the task's own settings went in.
+        by_name: whether the user gave the task's name only; then the problem type is the head's, too.
+        new_head: whether the user asked for a head of another size (`ignore_mismatched_sizes`).
+    Raises:
+        MethodError: the stored head has another number of labels.
+    """
+    heads = getattr(task.auto_class(config), "_model_mapping", {})
+    built = heads[type(config)] if type(config) in heads else ()  # noqa: SIM401  # transformers' own has no such get
+    trained = {c.__name__ for c in (built if isinstance(built, tuple) else (built,))}
+    if task.num_labels is None or not trained.intersection(config.architectures or ()) or new_head:
+        return task
+    if task.num_labels != config.num_labels:
+        raise MethodError(
+            f"The folder's head has {config.num_labels} labels, but num_labels={task.num_labels}. Give that number to "
+            "go on with its head, or model_kwargs={'ignore_mismatched_sizes': True} to start with a new one."
+        )
+    own = type(task).from_config(config)
+    if by_name:
+        return own
+    if task.settings().get("label_names", ()) is None:
+        return dataclasses.replace(task, label_names=own.label_names_in_use)
+    return task
 
 
 def check_loaded(model: nn.Module, task: Task, num_labels: int | None) -> None:

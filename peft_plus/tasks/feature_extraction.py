@@ -65,7 +65,7 @@ class FeatureExtraction(Task):
 
         return source.map(encode)
 
-    def collator(self, tokenizer: Any) -> Callable[..., Any]:
+    def collator(self, tokenizer: Any, model: Any = None) -> Callable[..., Any]:
         """DataCollatorWithPadding."""
         from transformers import DataCollatorWithPadding
 

@@ -44,7 +44,7 @@ class GenericTask(Task):
         """Raises ValueError."""
         self._refuse("preprocessing")
 
-    def collator(self, tokenizer: Any) -> Callable[..., Any]:
+    def collator(self, tokenizer: Any, model: Any = None) -> Callable[..., Any]:
         """Raises ValueError."""
         self._refuse("a collator")
 

@@ -66,7 +66,7 @@ class MaskedLM(Task):
 
         return source.map(encode)
 
-    def collator(self, tokenizer: Any) -> Callable[..., Any]:
+    def collator(self, tokenizer: Any, model: Any = None) -> Callable[..., Any]:
         """DataCollatorForLanguageModeling, which masks. A batch may by chance hold no mask: its loss is 0."""
         from transformers import DataCollatorForLanguageModeling
 

@@ -85,7 +85,7 @@ class MultipleChoice(Task):
                 return numbered
         return [source.find("choices", None, ("choices", "endings"))]
 
-    def collator(self, tokenizer: Any) -> Callable[..., Any]:
+    def collator(self, tokenizer: Any, model: Any = None) -> Callable[..., Any]:
         """DataCollatorForMultipleChoice."""
         from transformers import DataCollatorForMultipleChoice
 

@@ -114,7 +114,7 @@ class QuestionAnswering(Task):
             return_offsets_mapping=True,
         )
 
-    def collator(self, tokenizer: Any) -> Callable[..., Any]:
+    def collator(self, tokenizer: Any, model: Any = None) -> Callable[..., Any]:
         """DataCollatorWithPadding."""
         from transformers import DataCollatorWithPadding
 

@@ -86,6 +86,11 @@ class SequenceClassification(Task):
         problem: Problem | None = next((p for p, kind in _PROBLEM_TYPES.items() if kind == config.problem_type), None)
         return cls(num_labels=config.num_labels, problem=problem, label_names=config_names(config))
 
+    @property
+    def label_names_in_use(self) -> list[str] | None:
+        """As set, or as numbered by the first `preprocess`."""
+        return list(self.label_names) if self.label_names is not None else self._learned
+
     def auto_class(self, config: PretrainedConfig) -> type:
         """AutoModelForSequenceClassification, or the image or audio classifier where the model type has only that."""
         import transformers
@@ -139,11 +144,11 @@ class SequenceClassification(Task):
     def _target(self, value: Any, declared: list[str] | None, where: str) -> Any:
         if self._problem == "regression":
             return regression_target(value, self._classes, where)
-        names = self.label_names or self._learned
+        names = self.label_names_in_use
         convert = multi_hot if self._problem == "multi_label" else class_id
         return convert(value, self._classes, names, declared, where)
 
-    def collator(self, tokenizer: Any) -> Callable[..., Any]:
+    def collator(self, tokenizer: Any, model: Any = None) -> Callable[..., Any]:
         """DataCollatorWithPadding; images, which need no padding, get the default collator."""
         from transformers import DataCollatorWithPadding, DefaultDataCollator
 

@@ -87,7 +87,8 @@ class TokenClassification(Task):
         return check_scheme(self.scheme_out, "scheme_out")
 
     @property
-    def _names(self) -> list[str] | None:
+    def label_names_in_use(self) -> list[str] | None:
+        """As set, or as numbered by the first `preprocess`."""
         return list(self.label_names) if self.label_names is not None else self._learned
 
     def _columns(self, source: Source) -> tuple[str, str]:
@@ -96,7 +97,7 @@ class TokenClassification(Task):
 
     def _learn(self, sources: list[Source]) -> None:
         """Name the tags, once: a second dataset must fit the first one's numbers."""
-        if self._names is not None:
+        if self.label_names_in_use is not None:
             return
         names: list[str] = []
         numbered = False
@@ -167,7 +168,7 @@ class TokenClassification(Task):
         """One tag as a string, whatever the data holds."""
         if isinstance(value, str):
             return value
-        names = declared if declared is not None else (self._names or [])
+        names = declared if declared is not None else (self.label_names_in_use or [])
         if not isinstance(value, int) or not 0 <= value < len(names):
             raise ValueError(f"{where}: tag {value!r} is none of {names}.")
         return names[value]
@@ -186,10 +187,10 @@ class TokenClassification(Task):
             values = list(spread([words[t] or 0 for t in labelled], spans, len(tags), self._out, self.label_all_tokens))
         labels = [IGNORED] * len(words)
         for t, value in zip(labelled, values, strict=True):
-            labels[t] = class_id(value, self.num_labels or 0, self._names, declared, where)
+            labels[t] = class_id(value, self.num_labels or 0, self.label_names_in_use, declared, where)
         return labels
 
-    def collator(self, tokenizer: Any) -> Callable[..., Any]:
+    def collator(self, tokenizer: Any, model: Any = None) -> Callable[..., Any]:
         """DataCollatorForTokenClassification."""
         from transformers import DataCollatorForTokenClassification
 
@@ -216,10 +217,10 @@ class TokenClassification(Task):
                 "accuracy": float(accuracy_score(labels[known], predicted[known])),
                 "f1": float(f1_score(labels[known], predicted[known], average="macro", zero_division=0)),  # pyright: ignore[reportArgumentType]
             }
-        if self._names is None:
+        if self.label_names_in_use is None:
             raise ValueError(f"{self.name}: spans are scored by tag names. Pass `label_names=[…]`.")
         rows = [row for row in range(len(labels)) if known[row].any()]
-        names = np.asarray(self._names)
+        names = np.asarray(self.label_names_in_use)
         truth = [names[labels[row][known[row]]].tolist() for row in rows]
         return span_scores(truth, [names[predicted[row][known[row]]].tolist() for row in rows], self._out)
 

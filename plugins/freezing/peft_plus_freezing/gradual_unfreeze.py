@@ -30,7 +30,7 @@ class GradualUnfreeze(Plugin):
     every: Literal["epoch"] | int = "epoch"
 
     def __post_init__(self) -> None:
-        if self.every != "epoch" and self.every < 1:
+        if self.every != "epoch" and not (isinstance(self.every, int) and self.every >= 1):
             raise ValueError(f"every={self.every!r}: give 'epoch' or a number of optimizer steps ≥ 1.")
 
     def may_train(self, run: Run, param: Param) -> bool:
