@@ -88,7 +88,7 @@ def check(rows: list[Row], strays: list[str], num_blocks: int) -> None:
     """Raise EngagementError where a declared group never moved, or a frozen tensor did."""
     idle = []
     for row in (r for r in rows if r.steps and not r.moved):
-        if not row.reached and row.group[1] != "head" and not 1 <= row.group[0] <= num_blocks:
+        if not row.reached and row.group[1] != "head" and row.group[0] > num_blocks:
             # E.g. a pooler beside a loss over the hidden states: the model has it, this loss does not use it.
             logger.warning("No gradient ever reached %s: the loss does not use it.", label(row.group, num_blocks))
         else:

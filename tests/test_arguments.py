@@ -104,3 +104,27 @@ def test_plugins_see_the_last_metrics(tmp_path):
     peft_plus.Trainer(model, args, train_dataset=rows * 4, eval_dataset=rows).train()
     assert seen[0] == {}
     assert seen[-1]["eval_loss"] > 0
+
+
+def test_model_init_is_checked_and_completed_too(tmp_path):
+    rows = tokenised(get_model(tiny("bert"), "lora"))
+    trainer = peft_plus.Trainer(
+        model_init=lambda: get_model(tiny("bert"), "lora"),
+        args=arguments(tmp_path),
+        train_dataset=rows,
+        processing_class=tiny_tokenizer(),
+    )
+    assert isinstance(trainer.data_collator, transformers.DataCollatorWithPadding)
+    trainer.train()
+    with pytest.raises(MethodError, match="gradient checkpointing"):
+        peft_plus.Trainer(
+            model_init=lambda: get_model(tiny("bert"), "prefix_tuning"),
+            args=arguments(tmp_path, activation_checkpointing=True),
+        )
+
+
+def test_t5_with_label_smoothing_gets_its_decoder_inputs_from_the_collator(tmp_path):
+    model = get_model(tiny("t5", "SEQ_2_SEQ_LM"), "lora", task="SEQ_2_SEQ_LM")
+    rows = datasets.Dataset.from_dict({"source": ["good", "bad film"], "target": ["film", "the film was"]})
+    data = model.peft_plus.task.preprocess(rows, tiny_tokenizer("seq2seq"))
+    peft_plus.Trainer(model, arguments(tmp_path, label_smoothing_factor=0.1), train_dataset=data).train()

@@ -866,3 +866,13 @@ def test_copies_of_one_model_do_not_share_their_plans(tmp_path):
     trainer_of(twin, "bert", "SEQ_CLS", tmp_path, max_steps=5).train()
     assert twin.peft_plus.timeline
     assert not model.peft_plus.timeline
+
+
+def test_the_timeline_of_a_resumed_run_is_whole(tmp_path):
+    method = {"lora": {}, "gradual_unfreeze": {"every": 2}}
+    first = get_model(tiny("bert"), method)
+    trainer_of(first, "bert", "SEQ_CLS", tmp_path, max_steps=8, save_strategy="steps", save_steps=5).train()
+    second = get_model(tiny("bert"), method)
+    again = trainer_of(second, "bert", "SEQ_CLS", tmp_path, max_steps=8, save_strategy="steps", save_steps=5)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert [c for c in second.peft_plus.timeline if c.step != 5] == first.peft_plus.timeline

@@ -439,3 +439,35 @@ def test_attach_with_a_task() -> None:
     model = get_peft_model(tiny("bert"), LoraConfig(task_type="SEQ_CLS"))
     assert attach(model, "r3f", task=task).peft_plus.task.distribution == "bernoulli"
     assert attach(model, "r3f", task="SEQ_CLS").peft_plus.task.num_labels == 3
+
+
+NAMED = {"id2label": {0: "pos", 1: "neg", 2: "none"}, "label2id": {"pos": 0, "neg": 1, "none": 2}}
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+@pytest.mark.parametrize("named", ["SEQ_CLS", None, "object"])
+def test_a_trained_head_tells_the_order_of_its_classes(loaded: bool, named: str | None, tmp_path: Path) -> None:
+    base = tiny("bert", **NAMED)
+    base.save_pretrained(tmp_path)
+    task = SequenceClassification(num_labels=3) if named == "object" else named
+    if not loaded and task is None:
+        task = "SEQ_CLS"
+    labels = {"num_labels": 3} if task == "SEQ_CLS" else {}
+    model = get_model(base if loaded else tmp_path, "lora", task=task, **labels)
+    assert model.peft_plus.task.label_names_in_use == (None if loaded and named == "object" else ["pos", "neg", "none"])
+
+
+def test_a_trained_head_tells_its_problem(tmp_path: Path) -> None:
+    tiny("bert", problem_type="multi_label_classification").save_pretrained(tmp_path)
+    model = get_model(tmp_path, "lora", task="SEQ_CLS", num_labels=3)
+    assert model.peft_plus.task.distribution == "bernoulli"
+    loaded = tiny("bert", problem_type="multi_label_classification")
+    assert get_model(loaded, "lora", task="SEQ_CLS").peft_plus.task.problem == "multi_label"
+
+
+def test_a_head_of_another_size_is_refused_before_loading_or_made_anew(tmp_path: Path) -> None:
+    tiny("bert").save_pretrained(tmp_path)
+    with pytest.raises(MethodError, match=r"head has 3 labels, but num_labels=5.*ignore_mismatched_sizes"):
+        get_model(tmp_path, "lora", task="SEQ_CLS", num_labels=5)
+    model = get_model(tmp_path, "lora", task="SEQ_CLS", num_labels=5, model_kwargs={"ignore_mismatched_sizes": True})
+    assert model.config.num_labels == 5

@@ -115,7 +115,7 @@ from peft_plus import get_model
 
 shape = dict(vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
 BertModel(BertConfig(**shape)).save_pretrained("tiny")
-model = get_model("tiny", method=["lora", "gradual_unfreeze"], task="SEQ_CLS", num_labels=2)
+model = get_model("tiny", method=["lora", "gradual_unfreeze", "confidence_penalty"], task="SEQ_CLS", num_labels=2)
 assert isinstance(model, PeftModel)
 print(type(model).__name__, model.config.num_labels)
 """
@@ -129,10 +129,11 @@ def test_works_in_an_empty_environment(build: Build, tmp_path: Path) -> None:
     run(*install, "torch", cwd=tmp_path)
     core, *plugins = (build(package).wheel for package in PROJECTS)
     run(*install, f"{core}[all]", *plugins, cwd=tmp_path)
+    run(bin / "python", "-m", "pip", "install", "-qq", ROOT / "examples" / "third_party_plugin", cwd=tmp_path)
     run(bin / "python", "-m", "pip", "check", cwd=tmp_path)
 
     listed = run(bin / "peft-plus", "list", cwd=tmp_path)
-    for name in ("lora", "gradual_unfreeze", "llrd", "r3f", "lp_ft", "SEQ_CLS"):
+    for name in ("lora", "gradual_unfreeze", "llrd", "r3f", "lp_ft", "confidence_penalty", "SEQ_CLS"):
         assert name in listed
 
     (tmp_path / "script.py").write_text(MODEL_SCRIPT)

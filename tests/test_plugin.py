@@ -263,3 +263,20 @@ def test_params_and_terms_are_values():
         param.depth = 2  # type: ignore[misc]
     term = LossTerm(torch.zeros(()), 1)
     assert term.per == "label"
+
+
+@pytest.mark.parametrize("wrong", ["0.9", None, True])
+def test_types_are_checked_before_the_class_compares_values(wrong):
+    @dataclass(kw_only=True)
+    class Compares(Plugin):
+        name: ClassVar[str] = "compares"
+        decay: float = 0.5
+
+        def __post_init__(self) -> None:
+            if self.decay < 0:
+                raise ValueError("negative")
+
+    with pytest.raises(MethodError, match=r"plugin 'compares': decay=.* expected float"):
+        Compares(decay=wrong)
+    with pytest.raises(ValueError, match="negative"):
+        Compares(decay=-1.0)

@@ -130,7 +130,7 @@ def test_rows_tell_steps_and_movement():
     move(tensors["head.w"])
     move(tensors["block.w"])
     rows, strays = watch.finish()
-    assert rows == [Row((2, "head"), 3, 2, 1), Row((1, "adapter"), 1, 1, 1)]
+    assert rows == [Row((2, "head"), 3, 2, 1, reached=False), Row((1, "adapter"), 1, 1, 1, reached=False)]
     assert strays == []
     check(rows, strays, num_blocks=1)
 
@@ -167,6 +167,21 @@ def test_what_moves_before_its_own_thaw_is_caught():
     move(tensors["block.w"])
     with pytest.raises(EngagementError, match=r"1 frozen tensors moved, e\.g\. 'block\.w'"):
         check(*watch.finish(), num_blocks=1)
+
+
+@pytest.mark.parametrize(
+    ("group", "excused"), [((2, "base"), True), ((2, "adapter"), True), ((2, "head"), False), ((1, "base"), False)]
+)
+def test_only_what_lies_above_the_blocks_and_is_no_head_may_be_unused(group, excused, caplog):
+    row = Row(group, steps=3, tensors=2, moved=0, reached=False)
+    if excused:
+        check([row], [], num_blocks=1)
+        assert "No gradient ever reached top" in caplog.text
+    else:
+        with pytest.raises(EngagementError, match="declared trainable"):
+            check([row], [], num_blocks=1)
+    with pytest.raises(EngagementError, match="declared trainable"):  # it had gradients, and yet it did not move
+        check([Row(group, steps=3, tensors=2, moved=0)], [], num_blocks=1)
 
 
 def test_both_faults_are_told():

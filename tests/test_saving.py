@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import transformers
@@ -25,6 +26,7 @@ from peft_plus.checkpoint import fingerprint
 from peft_plus.tasks.seq_cls import SequenceClassification
 from peft_plus_freezing.gradual_unfreeze import GradualUnfreeze
 from tests.models import batch, tiny
+from tests.tokenizers import tiny_tokenizer
 
 POOLER = "base_model.model.bert.pooler.dense.weight"
 EMBEDDINGS = "base_model.model.bert.embeddings.word_embeddings.weight"
@@ -86,7 +88,7 @@ def test_record(tmp_path: Path) -> None:
                 "settings": {"decay": 0.95},
             },
         ],
-        "task": {"name": "SEQ_CLS", "settings": task.settings()},
+        "task": {"name": "SEQ_CLS", "settings": task.settings(), "labels": ["no", "yes"]},
         "quantization": None,
         "base": {
             "name_or_path": str(tmp_path / "base"),
@@ -361,3 +363,34 @@ def test_the_module_is_public() -> None:
     assert peft_plus.load_thawed is load_thawed
     with pytest.raises(FileNotFoundError):
         safe_open("nowhere.safetensors", framework="pt")
+
+
+def test_names_that_the_task_learned_are_saved(tmp_path: Path) -> None:
+    model = get_model(tiny("bert", num_labels=2), "full")
+    rows = datasets.Dataset.from_dict({"text": ["good", "bad"], "label": ["pos", "neg"]})
+    model.peft_plus.task.preprocess(rows, tiny_tokenizer())
+    assert saved(model, tmp_path)["task"]["labels"] == ["neg", "pos"]
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["id2label"] == {"0": "neg", "1": "pos"}
+    # Whoever goes on from this folder keeps the head's order, whatever order the new data's names would have.
+    again = get_model(tmp_path, "lora", task="SEQ_CLS", num_labels=2)
+    other = datasets.Dataset.from_dict({"text": ["good"], "label": ["pos"]})
+    assert again.peft_plus.task.preprocess(other, tiny_tokenizer())["labels"] == [1]
+
+
+def test_a_frozen_batch_norm_keeps_its_statistics(tmp_path: Path) -> None:
+    base = tiny("resnet")
+    model = get_model(copy.deepcopy(base), "linear_probe")
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    data = batch("resnet")
+    rows = [{name: values[i] for name, values in data.items()} for i in range(len(data["labels"]))]
+    args = TrainingArguments(
+        str(tmp_path / "run"), max_steps=3, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no"
+    )
+    peft_plus.Trainer(model, args, train_dataset=rows).train()
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+    model.save_pretrained(tmp_path / "probe")
+    reloaded = PeftModel.from_pretrained(base, tmp_path / "probe").eval()
+    with torch.no_grad():
+        assert torch.equal(reloaded(**data).logits, model.eval()(**data).logits)

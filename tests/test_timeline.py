@@ -17,8 +17,8 @@ HEAD, TOP, LOW, WORDS = (3, "head"), (2, "base"), (1, "base"), (0, "base")
         ((1, "base"), "block 1"),
         ((2, "adapter"), "block 2 adapter"),
         ((3, "head"), "head"),
-        ((3, "base"), "head"),
-        ((3, "adapter"), "head"),
+        ((3, "base"), "top"),
+        ((3, "adapter"), "top adapter"),
     ],
 )
 def test_labels(group, text):
