@@ -23,7 +23,7 @@ from typing import Any  # noqa: E402
 
 import numpy as np  # noqa: E402
 
-from examples.demo.compare import BATCH, EPOCHS, LEARNING_RATE, methods  # noqa: E402
+from examples.demo.compare import EPOCHS, arguments, methods  # noqa: E402
 from examples.demo.intervals import bootstrap  # noqa: E402
 
 STEPS = EPOCHS * 94
@@ -71,7 +71,7 @@ def run_seed(seed: int, out: Path) -> dict[str, dict[str, Any]]:
 def run(plugins: Mapping[str, Any], seed: int, folder: Path) -> dict[str, Any]:
     """Fine-tune MiniLM with LoRA and these plugins, and classify the test set once."""
     import torch
-    from transformers import AutoTokenizer, PrinterCallback, TrainingArguments, set_seed
+    from transformers import AutoTokenizer, PrinterCallback, set_seed
 
     from examples.inputs import minilm, movie_split
     from peft_plus import Trainer, fit, get_model
@@ -81,20 +81,7 @@ def run(plugins: Mapping[str, Any], seed: int, folder: Path) -> dict[str, Any]:
     set_seed(seed)
     model = get_model(minilm(), method={"lora": {}, **plugins}, task="SEQ_CLS", num_labels=2)
     data = model.peft_plus.task.preprocess(movie_split(), AutoTokenizer.from_pretrained(minilm()))
-    args = TrainingArguments(
-        str(folder),
-        num_train_epochs=EPOCHS,
-        per_device_train_batch_size=BATCH,
-        per_device_eval_batch_size=50,
-        learning_rate=LEARNING_RATE,
-        warmup_steps=0.1,
-        train_sampling_strategy="group_by_length",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=seed,
-    )
+    args = arguments(folder, seed)
     seconds = sum(output.metrics["train_runtime"] for output in fit(model, args, train_dataset=data["train"]))
     tester = Trainer(model, args)
     tester.remove_callback(PrinterCallback)

@@ -98,22 +98,7 @@ def fine_tune(
     model = get_model(inputs.minilm(), method=method, task="SEQ_CLS", num_labels=2)
     task = model.peft_plus.task
     encoded = task.preprocess(data, AutoTokenizer.from_pretrained(inputs.minilm()))
-    args = TrainingArguments(
-        str(folder),
-        num_train_epochs=EPOCHS,
-        per_device_train_batch_size=BATCH,
-        per_device_eval_batch_size=50,
-        learning_rate=LEARNING_RATE,
-        warmup_steps=0.1,
-        train_sampling_strategy="group_by_length",
-        eval_strategy="epoch",
-        save_strategy="no",
-        logging_steps=1,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=seed,
-    )
+    args = arguments(folder, seed, eval_strategy="epoch", logging_steps=1)
     trainer = Trainer(
         model,
         args,
@@ -133,6 +118,25 @@ def fine_tune(
         trainable=model.get_nb_trainable_parameters()[0],
         seconds=runtime - sum(row.get("eval_runtime", 0) for row in log),
         terms={name: float(np.mean([row[name] for row in log if name in row])) for name in ("r3f",) if name in method},
+    )
+
+
+def arguments(folder: Path, seed: int, **more: Any) -> TrainingArguments:
+    """The budget that every method gets: batches grouped by length, a tenth of the steps to warm up."""
+    return TrainingArguments(
+        str(folder),
+        num_train_epochs=EPOCHS,
+        per_device_train_batch_size=BATCH,
+        per_device_eval_batch_size=50,
+        learning_rate=LEARNING_RATE,
+        warmup_steps=0.1,
+        train_sampling_strategy="group_by_length",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=seed,
+        **more,
     )
 
 
