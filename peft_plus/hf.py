@@ -204,6 +204,15 @@ class Bridge(_Trainer):
         self._in_step, self._asked = True, False
         try:
             loss = super().training_step(*args, **kwargs)
+        except RuntimeError as error:
+            if self._effects is None or "does not require grad" not in str(error):
+                raise
+            blocks = self._effects.plan.layers.num_blocks
+            now = sorted(self._effects.groups(self._effects.trains), reverse=True)
+            raise MethodError(
+                f"At step {self.state.global_step} only {', '.join(label(g, blocks) for g in now) or 'nothing'} may "
+                "train, and the loss uses none of it. Let something that it uses train from the start, or use another loss."
+            ) from error
         finally:
             self._in_step = False
         if self._effects is not None:

@@ -876,3 +876,22 @@ def test_the_timeline_of_a_resumed_run_is_whole(tmp_path):
     again = trainer_of(second, "bert", "SEQ_CLS", tmp_path, max_steps=8, save_strategy="steps", save_steps=5)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     assert [c for c in second.peft_plus.timeline if c.step != 5] == first.peft_plus.timeline
+
+
+def test_a_step_in_which_nothing_that_the_loss_uses_may_train_says_so(tmp_path):
+    model = get_model(tiny("bert", "FEATURE_EXTRACTION"), {"full": {}, "gradual_unfreeze": {"every": 2}})
+    extra = {
+        "compute_loss_func": lambda output, labels, num_items_in_batch=None: output.last_hidden_state.square().mean()
+    }
+    trainer = trainer_of(model, "bert", "FEATURE_EXTRACTION", tmp_path, max_steps=2, extra=extra)
+    with pytest.raises(MethodError, match=r"At step 0 only top may train, and the loss uses none of it"):
+        trainer.train()
+
+
+def test_a_pooler_that_the_loss_does_not_use_is_a_warning(tmp_path, caplog):
+    model = get_model(tiny("bert", "FEATURE_EXTRACTION"), "full")
+    extra = {
+        "compute_loss_func": lambda output, labels, num_items_in_batch=None: output.last_hidden_state.square().mean()
+    }
+    trainer_of(model, "bert", "FEATURE_EXTRACTION", tmp_path, max_steps=2, extra=extra).train()
+    assert "No gradient ever reached top" in caplog.text
