@@ -208,10 +208,11 @@ class Bridge(_Trainer):
             if self._effects is None or "does not require grad" not in str(error):
                 raise
             blocks = self._effects.plan.layers.num_blocks
-            now = sorted(self._effects.groups(self._effects.trains), reverse=True)
+            groups = sorted(self._effects.groups(self._effects.trains), reverse=True)
+            now = ", ".join(label(group, blocks) for group in groups) or "nothing"
             raise MethodError(
-                f"At step {self.state.global_step} only {', '.join(label(g, blocks) for g in now) or 'nothing'} may "
-                "train, and the loss uses none of it. Let something that it uses train from the start, or use another loss."
+                f"At step {self.state.global_step} only {now} may train, "
+                "and the loss uses none of it. Let something that it uses train from the start, or use another loss."
             ) from error
         finally:
             self._in_step = False
