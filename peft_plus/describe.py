@@ -101,7 +101,7 @@ def _plugin(common: Description, cls: type[Plugin]) -> Description:
         conflicts=cls.conflicts,
         after=cls.after,
         source=cls.source,
-        verdict=card.get("Measured verdict", ""),
+        verdict=" ".join(card.get("Measured verdict", "").split()),
         card=f"README of {common.distribution} {common.version}, section {common.name!r}" if card else "",
     )
 
