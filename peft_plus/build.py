@@ -11,7 +11,7 @@ from torch import nn
 
 from . import loading, registry
 from .checkpoint import SavePretrained, fingerprint
-from .compose import Method, Plan, Tuner, check_needs, resolve
+from .compose import Method, Plan, Tuner, check_needs, resolve, who
 from .effects import trainable_names
 from .errors import MethodError
 from .layers import Layers, find_heads, layer_map, transformers_model
@@ -222,8 +222,7 @@ def _layers(model: nn.Module, method: Method) -> Layers:
     except ValueError as error:
         for plugin in method.plugins:
             if "layers" in plugin.needs:
-                who = f"plugin {plugin.name!r} ({method.origins[plugin.name]})"
-                raise MethodError(f"{who} needs {NEEDS['layers']}; {error}") from error
+                raise MethodError(f"{who(plugin, method.origins)} needs {NEEDS['layers']}; {error}") from error
         return Layers(num_blocks=0, depth={name: 0 for name, _ in model.named_parameters()}, blocks=())
 
 
@@ -247,6 +246,6 @@ def _check_layered(method: Method, params: Mapping[str, Param]) -> None:
     for plugin in method.plugins:
         if "layers" in plugin.needs and len(depths) < 2:
             raise MethodError(
-                f"plugin {plugin.name!r} ({method.origins[plugin.name]}) needs {NEEDS['layers']}; here everything that "
-                f"trains lies at depth {sorted(depths)}. Drop the plugin, or let the tuner reach more layers."
+                f"{who(plugin, method.origins)} needs {NEEDS['layers']}; here everything that trains "
+                f"lies at depth {sorted(depths)}. Drop the plugin, or let the tuner reach more layers."
             )

@@ -134,22 +134,22 @@ def check_needs(plugins: Sequence[Plugin], origins: Mapping[str, str], tuner: Tu
         for need in plugin.needs:
             if need not in NEEDS:
                 raise PluginError(
-                    f"{_who(plugin, origins)} needs {need!r}, which peft_plus does not know: {list(NEEDS)}."
+                    f"{who(plugin, origins)} needs {need!r}, which peft_plus does not know: {list(NEEDS)}."
                 )
             if need == "layers" and not tuner.by_layer:
                 raise MethodError(
-                    f"{_who(plugin, origins)} needs {NEEDS['layers']}; {tuner.name!r} has none: it trains only "
+                    f"{who(plugin, origins)} needs {NEEDS['layers']}; {tuner.name!r} has none: it trains only "
                     f"{'the head' if tuner.name == 'linear_probe' else 'its prompt'}. Drop the plugin, or use a tuner "
                     "that works in every block, e.g. 'lora' or 'full'."
                 )
             if need == "body" and tuner.name == "linear_probe":
                 raise MethodError(
-                    f"{_who(plugin, origins)} needs {NEEDS['body']}; 'linear_probe' trains the head alone. Drop the "
+                    f"{who(plugin, origins)} needs {NEEDS['body']}; 'linear_probe' trains the head alone. Drop the "
                     "plugin, or use a tuner such as 'lora' or 'full'."
                 )
             if need == "new_head" and not task.new_head:
                 raise MethodError(
-                    f"{_who(plugin, origins)} needs {NEEDS['new_head']}; the task {task.name or 'of this model'!r} "
+                    f"{who(plugin, origins)} needs {NEEDS['new_head']}; the task {task.name or 'of this model'!r} "
                     "keeps the pretrained head. Drop the plugin, or use a task such as 'SEQ_CLS'."
                 )
 
@@ -163,7 +163,7 @@ def plan_stages(plugins: Sequence[Plugin], origins: Mapping[str, str]) -> tuple[
         stages = tuple(ask(plugin, "plan_stages", stages))
         if not stages or not all(isinstance(s, Stage) for s in stages):
             raise PluginError(
-                f"{_who(plugin, origins)} returned {stages!r} from plan_stages; expected Stages, at least one."
+                f"{who(plugin, origins)} returned {stages!r} from plan_stages; expected Stages, at least one."
             )
     names = [s.name for s in stages]
     if len(set(names)) < len(names):
@@ -277,7 +277,7 @@ def _check_conflicts(plugins: Sequence[Plugin], origins: Mapping[str, str]) -> N
         for other in plugins:
             if other.name in plugin.conflicts:
                 raise MethodError(
-                    f"{_who(plugin, origins)} and {_who(other, origins)} cannot run together: {plugin.name!r} declares "
+                    f"{who(plugin, origins)} and {who(other, origins)} cannot run together: {plugin.name!r} declares "
                     "the conflict. Drop one of them."
                 )
 
@@ -296,7 +296,8 @@ def _ordered(plugins: Sequence[Plugin]) -> tuple[Plugin, ...]:
     return tuple(ordered)
 
 
-def _who(plugin: Plugin, origins: Mapping[str, str]) -> str:
+def who(plugin: Plugin, origins: Mapping[str, str]) -> str:
+    """A plugin as messages name it: `plugin 'llrd' (peft-plus-stability 0.1.0)`."""
     return f"plugin {plugin.name!r} ({origins.get(plugin.name, type(plugin).__module__)})"
 
 

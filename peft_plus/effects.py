@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -53,6 +53,7 @@ class Effects:
         self._frozen = [t for n, t in tensors.items() if n in plan.params and not self._in_stage(plan.params[n])]
         self._tensors = {n: tensors[n] for n, p in plan.params.items() if self._in_stage(p)}
         self._by_id = {id(t): plan.params[n] for n, t in self._tensors.items()}
+        self._running = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
         self._wanted: dict[str, bool] = {}
         self._next: int | None = 0
         if not self._tensors:
@@ -168,24 +169,27 @@ class Effects:
         """After a resume: what trained before it, as the plugins tell, so that the timeline is whole."""
         if not self._foresight or run.step == 0:
             return
-        past, step = dataclasses.replace(run), 0
-        while step is not None and step < run.step:
-            past.step = step
-            groups = self.groups(lambda name: self._asks(past, self.plan.params[name]))
+        for step, groups in self._schedule(run, 0, run.step):
             self.plan.timeline.append(Change(self.stage.name, step, run.max_steps, frozenset(groups)))
-            step = self._earliest_change(past)
 
     def never_trained(self, run: Run) -> set[Group]:
         """The groups that no step of this stage will train, as far as the plugins can tell ahead."""
         if not self._foresight:
             return set()
-        ahead, never = dataclasses.replace(run), self.groups()
-        step: int | None = run.step
-        while step is not None and step < max(run.max_steps, 1) and never:
-            ahead.step = step
-            never -= self.groups(lambda name: self._asks(ahead, self.plan.params[name]))
-            step = self._earliest_change(ahead)
+        never = self.groups()
+        for _, groups in self._schedule(run, run.step, max(run.max_steps, 1)):
+            never -= groups
+            if not never:
+                break
         return never
+
+    def _schedule(self, run: Run, start: int, stop: int) -> Iterator[tuple[int, set[Group]]]:
+        """From `start` until before `stop`: each step at which what trains may change, and what trains from it on."""
+        there, step = dataclasses.replace(run), start
+        while step is not None and step < stop:
+            there.step = step
+            yield step, self.groups(lambda name: self._asks(there, self.plan.params[name]))
+            step = self._earliest_change(there)
 
     def groups(self, trains: Callable[[str], bool] = lambda _: True) -> set[Group]:
         """The (depth, part) of the parameters for which `trains(name)` holds."""
@@ -195,14 +199,12 @@ class Effects:
         """Whether a parameter trains at the current step."""
         return self._wanted.get(name, False)
 
-    def rest(self, model: nn.Module) -> None:
+    def rest(self) -> None:
         """Once the model is in train mode: norms with running statistics rest (eval mode) while they are frozen.
 
         Their statistics are part of the base: they would go on moving without any gradient, and are saved by nobody.
         """
-        for module in model.modules():
-            if not isinstance(module, _NormBase) or module.running_mean is None:
-                continue
+        for module in self._running:
             if not any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
                 module.eval()
 

@@ -238,7 +238,7 @@ class Bridge(_Trainer):
         if not self._in_step or self._totals is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch, **kwargs)
         if self._effects is not None:
-            self._effects.rest(self.model)
+            self._effects.rest()
         batch = dict(inputs)
         loss, output = super().compute_loss(model, inputs, True, num_items_in_batch=num_items_in_batch, **kwargs)
         scaled = self._already_scaled(num_items_in_batch)

@@ -18,6 +18,7 @@ from .ask import ask
 from .errors import PluginError
 from .layers import transformers_model
 from .plugin import LossTerm, Plugin, Run, Unit
+from .tasks.infer import has_causal_loss
 
 UNITS = get_args(Unit)
 
@@ -93,11 +94,7 @@ def scales_by_items(model: nn.Module) -> bool:
     declared = getattr(base, "accepts_loss_kwargs", None)
     if declared is not None:
         return bool(declared)
-    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
-
-    causal = LOSS_MAPPING.get(getattr(base, "loss_type", None) or "") is ForCausalLMLoss
-    encoder_decoder = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
-    return causal and not encoder_decoder and "loss_function(" in inspect.getsource(inspect.unwrap(type(base).forward))
+    return has_causal_loss(base) and "loss_function(" in inspect.getsource(inspect.unwrap(type(base).forward))
 
 
 def _shape(term: Any) -> str:

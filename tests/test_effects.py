@@ -28,6 +28,7 @@ from peft_plus import EngagementError, MethodError, Plugin, PluginError, Run, ge
 from peft_plus.effects import Effects
 
 from .models import batch, tiny
+from .training import quiet
 
 Snapshot = dict[str, Tensor]
 
@@ -109,17 +110,12 @@ class Switch(TrainerCallback):
 
 def arguments(folder: Any, **settings: Any) -> TrainingArguments:
     defaults = {
-        "output_dir": str(folder),
-        "report_to": [],
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
         "learning_rate": 1e-2,
         "per_device_train_batch_size": 4,
         "remove_unused_columns": False,
         "logging_strategy": "no",
     }
-    return TrainingArguments(**{**defaults, **settings})
+    return quiet(folder, **{**defaults, **settings})
 
 
 def rows_of(name: str, task: str, number: int) -> list[dict[str, Tensor]]:

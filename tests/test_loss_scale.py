@@ -22,6 +22,7 @@ import peft_plus
 from peft_plus import LossTerm, Plugin, get_model, with_plugins
 
 from .models import NUM_CHOICES, NUM_LABELS, PAD, VOCAB, batch, tiny
+from .training import quiet
 
 Row = dict[str, Tensor]
 Gradients = dict[str, Tensor]
@@ -134,11 +135,6 @@ class Recorder(TrainerCallback):
 
 def arguments(folder: Any, **settings: Any) -> TrainingArguments:
     defaults = {
-        "output_dir": str(folder),
-        "report_to": [],
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
         "optim": "sgd",
         "learning_rate": 0.0,  # the weights stay, so that every update can be compared with the untouched copy
         "lr_scheduler_type": "constant",
@@ -146,7 +142,7 @@ def arguments(folder: Any, **settings: Any) -> TrainingArguments:
         "num_train_epochs": 1,
         "remove_unused_columns": False,
     }
-    return TrainingArguments(**{**defaults, **settings})
+    return quiet(folder, **{**defaults, **settings})
 
 
 def run(

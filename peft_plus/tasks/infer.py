@@ -29,7 +29,7 @@ def infer_task(model: nn.Module) -> Task:
         task = load(entry).from_config(config)
         if builds(task, base):
             return task
-    return GenericTask(shifts_labels=_shifts(base))
+    return GenericTask(shifts_labels=has_causal_loss(base))
 
 
 def builds(task: Task, model: Any) -> bool:
@@ -41,7 +41,8 @@ def builds(task: Task, model: Any) -> bool:
     return type(model) in (built if isinstance(built, tuple) else (built,))
 
 
-def _shifts(base: nn.Module) -> bool:
+def has_causal_loss(base: nn.Module) -> bool:
+    """Whether the model's own loss compares logits[t] with labels[t + 1] (transformers' ForCausalLMLoss)."""
     from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
     encoder_decoder = getattr(getattr(base, "config", None), "is_encoder_decoder", False)

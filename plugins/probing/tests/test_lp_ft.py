@@ -17,6 +17,7 @@ import peft_plus
 from peft_plus import MethodError, Stage, get_model
 from peft_plus_probing.lp_ft import LPFT
 from tests.models import batch, tiny
+from tests.training import quiet
 
 
 @pytest.fixture(autouse=True)
@@ -59,17 +60,12 @@ class Stages(TrainerCallback):
 
 def arguments(folder: Any, **settings: Any) -> TrainingArguments:
     defaults = {
-        "output_dir": str(folder),
-        "report_to": [],
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
         "num_train_epochs": 1,
         "learning_rate": 5e-3,
         "per_device_train_batch_size": 4,
         "weight_decay": 0.1,
     }
-    return TrainingArguments(**{**defaults, **settings})
+    return quiet(folder, **{**defaults, **settings})
 
 
 def rows_of(name: str, number: int = 8) -> list[dict[str, Tensor]]:

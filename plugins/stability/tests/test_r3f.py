@@ -26,6 +26,7 @@ from peft_plus_stability.r3f import (
     symmetric_kl,
 )
 from tests.models import MASK, NUM_LABELS, PAD, batch, tiny
+from tests.training import quiet
 
 
 @pytest.fixture(autouse=True)
@@ -247,17 +248,12 @@ def test_the_clean_pass_is_not_detached():
 
 def arguments(folder: Any, **settings: Any) -> TrainingArguments:
     defaults = {
-        "output_dir": str(folder),
-        "report_to": [],
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
         "learning_rate": 1e-2,
         "logging_strategy": "no",
         "max_steps": 2,
         "per_device_train_batch_size": 4,
     }
-    return TrainingArguments(**{**defaults, **settings})
+    return quiet(folder, **{**defaults, **settings})
 
 
 def rows_of(data: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:

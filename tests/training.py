@@ -1,0 +1,13 @@
+"""Training arguments for tests: on the CPU, silent, saving nothing unless asked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainingArguments
+
+
+def quiet(folder: Any, **settings: Any) -> TrainingArguments:
+    """TrainingArguments that write only into `folder`; `settings` come last and win."""
+    silence = {"report_to": [], "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
+    return TrainingArguments(str(folder), **{**silence, **settings})
