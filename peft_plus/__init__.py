@@ -18,37 +18,49 @@ if TYPE_CHECKING:
 
     from .build import attach as attach
     from .build import get_model as get_model
-    from .checkpoint import load_thawed as load_thawed
     from .compose import Plan as Plan
+    from .errors import CheckpointError as CheckpointError
+    from .errors import DataError as DataError
     from .errors import EngagementError as EngagementError
     from .errors import MethodError as MethodError
     from .errors import PluginError as PluginError
+    from .errors import TrainingError as TrainingError
     from .hf import Trainer as Trainer
     from .hf import with_plugins as with_plugins
     from .plugin import LossTerm as LossTerm
     from .plugin import Param as Param
     from .plugin import Plugin as Plugin
     from .plugin import Run as Run
+    from .reload import from_pretrained as from_pretrained
+    from .saving import load_thawed as load_thawed
+    from .session import Session as Session
     from .stages import Stage as Stage
     from .stages import fit as fit
     from .tasks import Task as Task
 
-__version__ = "0.1.0"
+    __version__: str
+
+_VERSION = "0.1.0"
 
 _HOMES = {
     "attach": "build",
     "get_model": "build",
-    "load_thawed": "checkpoint",
+    "from_pretrained": "reload",
+    "load_thawed": "saving",
     "Plan": "compose",
+    "CheckpointError": "errors",
+    "DataError": "errors",
     "EngagementError": "errors",
     "MethodError": "errors",
     "PluginError": "errors",
+    "TrainingError": "errors",
     "Trainer": "hf",
     "with_plugins": "hf",
     "LossTerm": "plugin",
     "Param": "plugin",
     "Plugin": "plugin",
     "Run": "plugin",
+    "Session": "session",
     "Stage": "stages",
     "fit": "stages",
     "Task": "tasks",
@@ -59,23 +71,25 @@ _dropin.install()
 
 
 def __getattr__(name: str) -> Any:
+    # Nothing is kept here: PEFT's names then always are what PEFT has under them, also patched or reloaded.
     if name in _HOMES:
-        value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-    elif name == "__all__":
+        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    if name == "__all__":
         return sorted({*_HOMES, *_dropin.peft_names()})
-    elif PathFinder.find_spec(f"{__name__}.{name}", __spec__.submodule_search_locations):
+    if name == "__version__":
+        # In PEFT's place we are asked for PEFT's: TRL, for one, compares it.
+        return _dropin.peft().__version__ if _dropin.replaces_peft() else _VERSION
+    if PathFinder.find_spec(f"{__name__}.{name}", __spec__.submodule_search_locations):
         # `from peft_plus import build` asks here before it looks for a submodule.
-        value = importlib.import_module(f".{name}", __name__)
-    elif name.startswith("__"):
+        return importlib.import_module(f".{name}", __name__)
+    if name.startswith("__"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    else:
-        try:
-            value = getattr(importlib.import_module("peft"), name)
-        except AttributeError:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}, and neither has peft") from None
-    globals()[name] = value
-    return value
+    peft = _dropin.peft()
+    try:
+        return getattr(peft, name)
+    except AttributeError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}, and neither has peft") from None
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES, *_dropin.peft_names()})
+    return sorted({*globals(), "__version__", *_HOMES, *_dropin.peft_names()})

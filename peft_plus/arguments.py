@@ -5,13 +5,33 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from peft import PeftConfig
 from torch import nn
 from transformers import TrainingArguments
 
-from .compose import Plan
+from .compose import Plan, who
+from .distributed import check_batches, check_checkpointing, check_ddp
 from .errors import MethodError
+from .sampling import check_strategy
 
 _ROWS_LOOKED_AT = 64
+_TRL_OBJECTIVES = (
+    ("SFT", "supervised"),
+    ("GKD", "distillation"),
+    ("GOLD", "distillation"),
+    ("Distillation", "distillation"),
+    ("OPD", "distillation"),
+    ("SDFT", "distillation"),
+    ("SDPO", "distillation"),
+    ("Reward", "reward"),
+    ("PRM", "reward"),
+    ("GRPO", "reinforcement"),
+    ("RLOO", "reinforcement"),
+    ("GMPO", "reinforcement"),
+    ("A2PO", "reinforcement"),
+    ("PPO", "reinforcement"),
+)
+"""Part of a TRL class's name → what it optimises."""
 
 
 def plan_of(model: Any) -> Plan | None:
@@ -29,12 +49,28 @@ def plan_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Plan | None:
             "The model was wrapped by torch.compile, which hides its plan. Give the Trainer the model itself, and "
             "compile with TrainingArguments(torch_compile=True)."
         )
+    if plan_of(getattr(model, "module", None)) is not None:
+        raise MethodError(
+            f"The model was wrapped by {type(model).__name__}, which hides its plan. Give the model itself: under "
+            "`accelerate launch` it is wrapped for several processes."
+        )
     return plan_of(model)
 
 
 def find_argument(kind: type[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """The first argument of that type, or None: Trainer classes differ in where they take it."""
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, kind)), None)
+
+
+def check_adapter(plan: Plan, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Refuse a second tuner, which TRL's trainers would put around the model and its plan."""
+    config = find_argument(PeftConfig, args, kwargs)
+    if config is not None:
+        name = type(config).__name__
+        raise MethodError(
+            f"peft_config={name}(…) came with a model that has its tuner already ({plan.tuner!r}). Leave peft_config "
+            f"out, and give the config to get_model: method=[{name}(…)]."
+        )
 
 
 def check_arguments(plan: Plan, args: TrainingArguments | None) -> None:
@@ -46,24 +82,52 @@ def check_arguments(plan: Plan, args: TrainingArguments | None) -> None:
         raise MethodError("prefix_tuning does not work with gradient checkpointing (PEFT's limit): drop one of them.")
     if args.n_gpu > 1 and plan.plugins:
         raise MethodError("nn.DataParallel cannot run plugins: start the script with `accelerate launch` instead.")
-    if args.ddp_find_unused_parameters is None and any("may_train" in p.hooks() for p in plan.plugins):
-        # A frozen parameter gets no gradient, and DDP would wait for it for ever.
-        args.ddp_find_unused_parameters = True
+    check_strategy(plan, args)
+    check_ddp(plan, args)
+    check_checkpointing(plan, args)
+    check_batches(args)
 
 
-def default_collator(plan: Plan, model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Without a collator of the user's own, take the task's, with the tokenizer that preprocessed the data.
+def check_objective(plan: Plan, trainer_class: type[Any]) -> None:
+    """Refuse a loss term that was written for another objective than this Trainer's.
 
+    Preference trainers pair their rows, reinforcement and distillation sample new ones: no labels to take a term over.
+    """
+    objective = objective_of(trainer_class)
+    for plugin in plan.plugins:
+        if "loss_terms" in plugin.hooks() and objective not in plugin.objectives:
+            raise MethodError(
+                f"{who(plugin, plan.origins)} adds a loss term for {' or '.join(plugin.objectives)} training, and "
+                f"{trainer_class.__name__} does {objective} training. Drop the plugin, or use another Trainer."
+            )
+
+
+def objective_of(trainer_class: type[Any]) -> str:
+    """`supervised`, `preference`, `reward`, `reinforcement` or `distillation`: what a Trainer class optimises."""
+    for cls in trainer_class.__mro__:
+        if not cls.__module__.startswith("trl."):
+            continue
+        for sign, objective in _TRL_OBJECTIVES:
+            if sign in cls.__name__:
+                return objective
+        return "preference"  # one of TRL's many others (DPO, KTO, CPO, ORPO, …)
+    return "supervised"
+
+
+def default_collator(plan: Plan, model: Any, tokenizer: Any, dataset: Any) -> Any:
+    """For a Trainer without a collator: the task's, with the tokenizer that preprocessed the data.
+
+    Args:
+        tokenizer: the Trainer's `processing_class`, or None.
+        dataset: its training data, or None.
     Returns: the collator, or None where the Trainer's own default serves.
     Raises:
         MethodError: no tokenizer is known, and the rows differ in length, so nothing could batch them.
     """
-    if len(args) > 2 or kwargs.get("data_collator") is not None:
-        return None
-    tokenizer = kwargs.get("processing_class") or plan.task.tokenizer
+    tokenizer = tokenizer or plan.task.tokenizer
     if tokenizer is not None and plan.task.name:
         return plan.task.collator(tokenizer, model)
-    if tokenizer is None and _ragged(kwargs.get("train_dataset")):
+    if tokenizer is None and _ragged(dataset):
         raise MethodError(
             "The rows of train_dataset differ in length and must be padded, but with which token is unknown: "
             "this model's task did not tokenise them. Pass processing_class=tokenizer, or a data_collator."

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from . import loading, registry
-from .checkpoint import SavePretrained, fingerprint
 from .compose import Method, Plan, Tuner, check_needs, resolve, who
+from .distributed import check_unpartitioned
 from .effects import trainable_names
 from .errors import MethodError
 from .layers import Layers, find_heads, layer_map, transformers_model
 from .parts import part_of
 from .plugin import NEEDS, Param
+from .saving import SavePretrained, dtype_of, fingerprint
 from .tasks import Task, infer_task
 from .tasks.choose import check_loaded, choose_task
-from .tuning import is_peft, tuner_of, with_tuner
+from .tuning import is_peft, prepends_tokens, tuner_of, with_tuner
 
 _DATA_DEPENDENT_INITS = ("pissa", "olora", "corda", "eva", "loftq", "lora_ga")
 
@@ -67,6 +68,8 @@ def get_model(
         loading.refuse_options(quantization=quantization, device_map=device_map, dtype=dtype, model_kwargs=model_kwargs)
         if is_peft(model):
             return _attach(model, resolve(method, settings), task, num_labels)
+        if all(tensor.is_meta for tensor in model.parameters()):  # some may be offloaded; before a tuner goes in
+            _check_filled([name for name, _ in model.named_parameters()])
         chosen = choose_task(task, num_labels, model) if task is not None else infer_task(model)
         check_loaded(model, chosen, num_labels)
         resolved = resolve(method, settings, chosen.peft_task_type)
@@ -138,6 +141,7 @@ def _attach(model: nn.Module, resolved: Method, task: str | Task | None, num_lab
 
 def _check(method: Method, tuner: Tuner, task: Task, scheme: str | None) -> None:
     """Everything that tuner, task, plugins and quantisation say against each other, without a model."""
+    check_unpartitioned()
     if tuner.name == "full" and scheme is not None:
         raise MethodError(
             "method 'full' trains the base weights, but quantised weights get no gradient. Use a tuner such as 'lora' "
@@ -177,7 +181,9 @@ def _rehearse(source: loading.Source, tuner: Tuner, task: Task, method: Method) 
     if isinstance(init, str) and init.startswith(_DATA_DEPENDENT_INITS):
         return
     try:
-        model = with_tuner(source.skeleton, tuner, task)
+        # What is drawn here must not be missing later: the same seed gives the weights that plain PEFT draws.
+        with torch.random.fork_rng(devices=[]):
+            model = with_tuner(source.skeleton, tuner, task)
     except (NotImplementedError, RuntimeError):
         # Some initialisations read weights, which the skeleton has none of; the real build will tell.
         return
@@ -185,11 +191,17 @@ def _rehearse(source: loading.Source, tuner: Tuner, task: Task, method: Method) 
 
 
 def _finish(base: nn.Module, method: Method, tuner: Tuner, task: Task) -> nn.Module:
-    return _with_plan(with_tuner(base, tuner, task), method, tuner, task)
+    loading.keep_differentiable(base)
+    untouched = fingerprint(base)  # before PiSSA and its like change the weights that they start from
+    return _with_plan(with_tuner(base, tuner, task), method, tuner, task, untouched)
 
 
-def _with_plan(model: nn.Module, method: Method, tuner: Tuner, task: Task) -> nn.Module:
+def _with_plan(
+    model: nn.Module, method: Method, tuner: Tuner, task: Task, base_fingerprint: str | None = None
+) -> nn.Module:
     loading.keep_differentiable(model)
+    _check_filled([name for name, tensor in model.named_parameters() if tensor.requires_grad and tensor.is_meta])
+    task.virtual_tokens = prepends_tokens(model)
     layers = _layers(model, method)
     params = _params(model, layers)
     _check_layered(method, params)
@@ -206,13 +218,22 @@ def _with_plan(model: nn.Module, method: Method, tuner: Tuner, task: Task) -> nn
         base={
             "name_or_path": getattr(base, "name_or_path", "") or "",
             "class": type(base).__name__,
-            "fingerprint": fingerprint(model),
+            "dtype": dtype_of(model),
+            "fingerprint": base_fingerprint or fingerprint(model),
         },
     )
     model.peft_plus = plan  # type: ignore[assignment]
     if hasattr(type(model), "save_pretrained"):
         model.save_pretrained = SavePretrained(model)  # type: ignore[assignment]
     return model
+
+
+def _check_filled(hollow: Sequence[str]) -> None:
+    if hollow:
+        raise MethodError(
+            f"{len(hollow)} parameters that would train are on the meta device and hold no values, e.g. {hollow[0]!r}. "
+            "Load the weights first, e.g. with from_pretrained, without offloading what trains."
+        )
 
 
 def _layers(model: nn.Module, method: Method) -> Layers:

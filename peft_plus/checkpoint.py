@@ -1,188 +1,262 @@
-"""What is saved beside the weights: `peft_plus.json`, and base weights that were thawed.
+"""Whole or not there: the manifest that seals a training checkpoint.
 
-PEFT's folder stays PEFT's: plain `PeftModel.from_pretrained` reads it. `peft_plus.json` says how it was trained, by
-which versions, and on which base; `thawed.safetensors` holds exactly those base weights that trained, which PEFT
-itself would drop.
+A checkpoint is whole when `manifest.json` is there and every file that it lists has the size and SHA-256 that it tells.
+It is written last, by rename, after everything else has reached the disk; so a run that is killed, or a disk that is
+full, leaves a folder that nothing takes for a checkpoint.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import math
 import os
-from collections.abc import Mapping
-from functools import update_wrapper
-from importlib.metadata import version
-from pathlib import Path
+import re
+import shutil
+import stat
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import nn
+from .errors import CheckpointError
 
-from .compose import Plan
-from .layers import find_heads, transformers_model
-from .parts import bare_name, part_of
+MANIFEST = "manifest.json"
+FORMAT = 1
+UNFINISHED = ".unfinished"
+"""Empty file in a folder that is being written: tells an unfinished checkpoint from one of transformers' own."""
 
-logger = logging.getLogger(__name__)
+REPLACED = "replaced-"
+"""Prefix of a whole checkpoint's folder while a new one of the same step is being written."""
 
-RECORD = "peft_plus.json"
-THAWED = "thawed.safetensors"
-_FORMAT = 1
-_SAMPLE = 64
+_CHUNK = 1 << 18
+_THREADS = 4
+_LONGEST_MANIFEST = 64 << 20
+_READ_ON_RESUME = re.compile(
+    r"((pytorch_)?model|adapter_(model|config)|optimizer|scheduler|scaler|plan_state|session|thawed|(epoch_)?rng_state|pytorch_model_fsdp)"
+    r"(_\d+)?(\.(safetensors|bin|pt|pth|json|safetensors\.index\.json|bin\.index\.json))?"
+)
 
 
-class SavePretrained:
-    """Stands on a model instance as `save_pretrained`: does what the class does, then writes what belongs to the plan.
+@dataclass(frozen=True)
+class Checkpoint:
+    """One whole checkpoint.
 
-    An object rather than a closure, so that a model with a plan still copies and pickles, and an attribute of the
-    instance rather than a subclass, so that its class stays PEFT's or transformers' own.
+    Attributes:
+        folder: where it lies.
+        step: finished optimizer steps.
+        identity: of the run that wrote it; empty where transformers' own Trainer did.
+        files: relative path, with `/`, → size in bytes and SHA-256; empty where transformers' own Trainer wrote it.
     """
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        update_wrapper(self, type(model).save_pretrained, updated=())
+    folder: Path
+    step: int
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, tuple[int, str]] = field(default_factory=dict)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_model": self._model}
+    @property
+    def sealed(self) -> bool:
+        """Whether its integrity is known."""
+        return bool(self.files)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # Not through update_wrapper: the model may be half restored when a pickle comes back.
-        self.__dict__.update(state)
-
-    def __call__(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        model = self._model
-        _name_labels(model, model.peft_plus)
-        result = type(model).save_pretrained(model, save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
-            write(Path(save_directory), model, model.peft_plus)
-        return result
+    @property
+    def size(self) -> int:
+        """In bytes, as far as it is known."""
+        return sum(size for size, _ in self.files.values())
 
 
-def _name_labels(model: nn.Module, plan: Plan) -> None:
-    """Write into the config what the task learned of its classes, before it is saved with the weights."""
-    names, config = plan.task.label_names_in_use, getattr(transformers_model(model), "config", None)
-    if names and config is not None:
-        config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+def unseal(folder: str | Path) -> None:
+    """Make `folder` an empty one, into which a checkpoint is about to be written.
 
-
-def write(folder: Path, model: nn.Module, plan: Plan) -> None:
-    """Add `peft_plus.json`, and the thawed base weights if there are any, to a folder that holds the weights."""
-    thawed = thawed_weights(model, plan)
-    if thawed:
-        _replace(folder / THAWED, lambda path: save_file(thawed, path, metadata={"format": "pt"}))
-        logger.info(
-            "%d tensors of the base trained too; they are in %s, which plain PEFT does not read: reload with "
-            "peft_plus.load_thawed(model, folder).",
-            len(thawed),
-            folder / THAWED,
-        )
-    elif (folder / THAWED).exists():
-        (folder / THAWED).unlink()
-    text = json.dumps(record(plan, thawed), indent=2, sort_keys=True) + "\n"
-    _replace(folder / RECORD, lambda path: path.write_text(text, encoding="utf-8"))
-
-
-def thawed_weights(model: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
-    """Base weights that may train beside a tuner's own, and that PEFT does not save: name → tensor.
-
-    Empty for `full`, which saves everything. PEFT itself saves what `bias="all"` trains.
+    A sealed one of the same step is set aside, still whole and found, until `seal` has replaced it. What an unfinished
+    attempt left is removed, so that the new checkpoint holds nothing of it.
     """
-    names = {name for name, param in plan.params.items() if param.part == "base"}
-    if plan.tuner == "full" or not names:
-        return {}
-    from peft import get_peft_model_state_dict
+    folder = Path(folder)
+    if (folder / MANIFEST).is_file():
+        aside = folder.with_name(REPLACED + folder.name)
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(folder, aside)
+        _sync_folder(folder.parent)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / UNFINISHED).touch()  # before anything goes: what a kill leaves half-deleted is marked, too
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != UNFINISHED:
+            path.unlink()
 
-    adapters: Any = model.peft_config
-    for adapter in adapters:
-        names -= get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False).keys()
-    return {n: t.detach().contiguous().cpu() for n, t in model.named_parameters() if n in names}
+
+def is_unfinished(folder: str | Path) -> bool:
+    """Whether it is what a save left that never came to its end: nothing is lost with it."""
+    folder = Path(folder)
+    return not (folder / MANIFEST).exists() and ((folder / UNFINISHED).exists() or not any(folder.iterdir()))
 
 
-def load_thawed(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
-    """Put the base weights that trained beside a tuner back into a model that PEFT has reloaded.
+def seal(folder: str | Path, identity: Mapping[str, Any], step: int) -> Checkpoint:
+    """Declare what lies in `folder` a whole checkpoint. Call when every process has written its part.
+
+    Each file is read once, hashed, and brought to the disk before the manifest that lists it.
 
     Args:
-        model: from `PeftModel.from_pretrained(base, folder)`.
-        folder: what `save_pretrained` wrote.
-    Returns: the same model, changed in place.
+        identity: plain values that tell which run this is; see `run_identity`.
+        step: finished optimizer steps.
     Raises:
-        FileNotFoundError: the folder holds no thawed weights.
-        ValueError: a tensor does not fit the model; nothing was changed.
+        CheckpointError: the folder holds something that cannot be sealed (a link to a folder, a device).
+        OSError: the disk is full, or the like; the folder stays unsealed.
     """
-    path = Path(folder) / THAWED
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist: no base weights trained in this run, PEFT's folder is complete."
-        )
-    own = dict(model.named_parameters())
-    with safe_open(path, framework="pt") as stored:
-        names = list(stored.keys())
-        for name in names:
-            shape = tuple(stored.get_slice(name).get_shape())
-            if name not in own:
-                raise ValueError(
-                    f"{path}: {name!r} is not a parameter of this {type(model).__name__}; is it the right base?"
-                )
-            if shape != tuple(own[name].shape):
-                raise ValueError(f"{path}: {name!r} has shape {shape}, the model's has {tuple(own[name].shape)}.")
-        with torch.no_grad():
-            for name in names:
-                own[name].copy_(stored.get_tensor(name))
-    return model
+    folder = Path(folder)
+    paths = sorted(set(_files(folder)) - {MANIFEST, UNFINISHED})
+    files = dict(zip(paths, _measure([folder / path for path in paths], sync=True), strict=True))
+    for place, _, _ in os.walk(folder):
+        _sync_folder(Path(place))
+    listed = {path: {"size": size, "sha256": digest} for path, (size, digest) in files.items()}
+    text = _manifest({"format": FORMAT, "step": step, "identity": identity, "files": listed})
+    temporary = folder / f".{MANIFEST}.tmp"
+    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, folder / MANIFEST)
+    (folder / UNFINISHED).unlink(missing_ok=True)
+    _sync_folder(folder)
+    _sync_folder(folder.parent)
+    shutil.rmtree(folder.with_name(REPLACED + folder.name), ignore_errors=True)
+    return Checkpoint(folder, step, identity, files)
 
 
-def record(plan: Plan, thawed: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """The content of `peft_plus.json`: plain values only."""
-    return {
-        "format": _FORMAT,
-        "tuner": plan.tuner,
-        "plugins": [{"name": p.name, "origin": plan.origins[p.name], "settings": p.settings()} for p in plan.plugins],
-        "task": {
-            "name": plan.task.name,
-            "settings": plan.task.settings(),
-            "labels": plan.task.label_names_in_use,
-        },
-        "quantization": plan.quantization,
-        "base": dict(plan.base),
-        "trained_parameters": sum(math.prod(p.shape) for p in plan.params.values()),
-        "thawed_tensors": sorted(thawed),
-        "versions": {
-            name: version(name) for name in ("peft-plus", "peft", "transformers", "accelerate", "torch", "bitsandbytes")
-        },
-    }
+def verify(folder: str | Path) -> Checkpoint:
+    """The sealed checkpoint in `folder`, if it is whole. Reads every file once; loads nothing.
 
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the name, shape, dtype and 64 evenly spaced values of every parameter of the base.
-
-    Adapters and the task's head are left out, so the base alone gives the same as the base inside a PeftModel. Enough
-    to tell one base from another of equal shape, cheap enough (milliseconds) to take at every build.
+    Raises:
+        CheckpointError: it is missing, unfinished or damaged, or its manifest is not one of ours; names what is wrong.
     """
-    digest = hashlib.sha256()
-    heads = find_heads(model)
-    with torch.no_grad():
-        for name, tensor in model.named_parameters():
-            if part_of(name, model, heads) != "base":
-                continue
-            name = bare_name(name, model)
-            digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
-            if tensor.is_meta:  # offloaded by Accelerate: its values are not at hand
-                continue
-            flat = tensor.detach().reshape(-1)
-            step = max(1, flat.numel() // _SAMPLE)
-            digest.update(flat[::step][:_SAMPLE].to("cpu", torch.float32).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _replace(path: Path, write_to: Any) -> None:
-    """Write to a temporary name, then rename: the file is whole or not there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} does not exist.")
+    if not (folder / MANIFEST).is_file():
+        raise CheckpointError(f"{folder} was never finished: it has no {MANIFEST}.")
+    checkpoint = _read_manifest(folder)
     try:
-        write_to(temporary)
-        os.replace(temporary, path)
+        faults = list(_faults(checkpoint))
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error}.") from error
+    if faults:
+        more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise CheckpointError(f"{folder} is damaged: {'; '.join(faults[:3])}{more}.")
+    return checkpoint
+
+
+def _read_manifest(folder: Path) -> Checkpoint:
+    """What a manifest says, after checking that it says nothing that a manifest of ours could not."""
+    path = folder / MANIFEST
+    try:
+        if path.stat().st_size > _LONGEST_MANIFEST:
+            raise ValueError(f"it is {path.stat().st_size} bytes long")
+        text = path.read_bytes().decode("utf-8")
+        content = json.loads(text, object_pairs_hook=_unique)
+        if content["format"] != FORMAT:
+            raise ValueError(f"its format is {content['format']!r}, this peft_plus reads {FORMAT}; update it")
+        step, identity = content["step"], content["identity"]
+        if type(step) is not int or step < 0 or not isinstance(identity, dict) or not content["files"]:
+            raise ValueError("step, identity or files are not what they should be")
+        if _manifest({key: value for key, value in content.items() if key != "sha256"}) != text:
+            raise ValueError("its own SHA-256 differs")
+        files: dict[str, tuple[int, str]] = {}
+        for name, entry in content["files"].items():
+            size, digest = entry["size"], entry["sha256"]
+            if not _is_inside(name) or type(size) is not int or size < 0 or not re.fullmatch("[0-9a-f]{64}", digest):
+                raise ValueError(f"the entry {name!r} is not allowed")
+            files[name] = (size, digest)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged, or no manifest of ours: {type(error).__name__}: {error}.") from error
+    return Checkpoint(folder, step, identity, files)
+
+
+def _manifest(body: Mapping[str, Any]) -> str:
+    """The text of a manifest, which ends with the SHA-256 of all that it says before."""
+    digest = hashlib.sha256(json.dumps(body, allow_nan=False).encode()).hexdigest()
+    return json.dumps({**body, "sha256": digest}, indent=1, allow_nan=False) + "\n"
+
+
+def _faults(checkpoint: Checkpoint) -> Iterator[str]:
+    """What differs from the manifest: first what is cheap to see, and only if nothing does, the contents."""
+    present = set(_files(checkpoint.folder))
+    sound = True
+    for path, (size, _) in checkpoint.files.items():
+        if path not in present:
+            yield f"{path} is missing"
+        elif (actual := (checkpoint.folder / path).stat().st_size) != size:
+            yield f"{path} has {actual} bytes instead of {size}"
+        else:
+            continue
+        sound = False
+    for path in sorted(present - checkpoint.files.keys() - {MANIFEST}):
+        if any(_READ_ON_RESUME.fullmatch(part) for part in PurePosixPath(path).parts):
+            yield f"{path} was put there after the checkpoint was finished, and would be loaded"
+            sound = False
+    if sound:
+        measured = _measure([checkpoint.folder / path for path in checkpoint.files])
+        for (path, expected), actual in zip(checkpoint.files.items(), measured, strict=True):
+            if actual != expected:
+                yield f"{path} was changed (its SHA-256 differs)"
+
+
+def _files(folder: Path) -> Iterator[str]:
+    """Relative path, with `/`, of every file, through sub-folders."""
+    for place, folders, names in os.walk(folder, onerror=_raise):
+        linked = [name for name in folders if (Path(place) / name).is_symlink()]
+        odd = [name for name in names if not stat.S_ISREG((Path(place) / name).stat().st_mode)]
+        for name in linked + odd:
+            raise CheckpointError(
+                f"{Path(place) / name} is a link to a folder, or no plain file, which a checkpoint cannot hold."
+            )
+        yield from ((Path(place) / name).relative_to(folder).as_posix() for name in names)
+
+
+def _measure(paths: list[Path], *, sync: bool = False) -> list[tuple[int, str]]:
+    """Size and SHA-256 of each file, read once; with `sync`, all on the disk when this returns."""
+
+    def one(path: Path) -> tuple[int, str]:
+        digest, size = hashlib.sha256(), 0
+        buffer = memoryview(bytearray(_CHUNK))
+        with open(path, "rb+" if sync and os.name == "nt" else "rb", buffering=0) as file:  # Windows syncs only writers
+            if sync:
+                os.fsync(file.fileno())
+            while count := file.readinto(buffer):
+                digest.update(buffer[:count])
+                size += count
+        return size, digest.hexdigest()
+
+    with ThreadPoolExecutor(_THREADS) as pool:  # hashing and waiting for the disk both let go of the interpreter
+        return list(pool.map(one, paths))
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":
+        return  # folders cannot be opened there
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a manifest's path stays in its folder, on any system, and is written in the one way that we write."""
+    path = PurePosixPath(name)
+    return (
+        path.as_posix() == name != MANIFEST
+        and not path.is_absolute()
+        and not {"..", "."} & {name, *path.parts}
+        and not re.search(r"[\\:\x00-\x1f]", name)
+    )
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({key for key, _ in pairs}) < len(pairs):
+        raise ValueError("it names something twice")
+    return dict(pairs)
+
+
+def _raise(error: OSError) -> None:
+    raise error

@@ -125,7 +125,9 @@ def resolve(method: Any, loose: Mapping[str, Any] | None = None, task_type: str 
         raise MethodError(f"A model has at most one tuner, but the method names {names}. Keep one of them.")
     _check_conflicts(plugins, origins)
     ordered = _ordered(plugins)
-    return Method(tuners[0] if tuners else None, ordered, origins, plan_stages(ordered, origins))
+    stages = plan_stages(ordered, origins)
+    _check_one_order(ordered, origins, stages)
+    return Method(tuners[0] if tuners else None, ordered, origins, stages)
 
 
 def check_needs(plugins: Sequence[Plugin], origins: Mapping[str, str], tuner: Tuner, task: Task) -> None:
@@ -160,15 +162,31 @@ def plan_stages(plugins: Sequence[Plugin], origins: Mapping[str, str]) -> tuple[
     for plugin in plugins:
         if "plan_stages" not in plugin.hooks():
             continue
-        stages = tuple(ask(plugin, "plan_stages", stages))
-        if not stages or not all(isinstance(s, Stage) for s in stages):
+        answer = ask(plugin, "plan_stages", stages)
+        if not isinstance(answer, (list, tuple)) or not answer or not all(isinstance(s, Stage) for s in answer):
             raise PluginError(
-                f"{who(plugin, origins)} returned {stages!r} from plan_stages; expected Stages, at least one."
+                f"{who(plugin, origins)} returned {answer!r} from plan_stages; expected a list of Stages, at least one."
             )
+        stages = tuple(answer)
+        _check_stages(plugin, origins, stages, {p.name for p in plugins})
     names = [s.name for s in stages]
     if len(set(names)) < len(names):
         raise PluginError(f"Two stages of the plan have one name: {names}. Each plugin that adds stages names its own.")
     return stages
+
+
+def _check_stages(plugin: Plugin, origins: Mapping[str, str], stages: Sequence[Stage], known: set[str]) -> None:
+    """Raise PluginError where a stage names what there is not, before the run that would come to it."""
+    for stage in stages:
+        wrong = ""
+        if stage.train not in ("all", "head"):
+            wrong = f"train={stage.train!r}; expected 'all' or 'head'"
+        elif not isinstance(stage.args, Mapping):
+            wrong = f"args={stage.args!r}; expected a mapping of TrainingArguments"
+        elif strangers := set(stage.plugins or ()) - known:
+            wrong = f"plugins={sorted(strangers)}, which this method does not name; it has {sorted(known)}"
+        if wrong:
+            raise PluginError(f"{who(plugin, origins)} planned the stage {stage.name!r} with {wrong}.")
 
 
 def _items(method: Any, loose: dict[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
@@ -269,7 +287,13 @@ def _copied_plugin(plugin: Plugin) -> Plugin:
     registry.check_plugin_class(type(plugin))
     check_types(type(plugin), plugin.settings(), f"plugin {plugin.name!r}")
     check_plain(plugin.settings(), f"plugin {plugin.name!r}")
-    return copy.deepcopy(plugin)
+    try:
+        return copy.deepcopy(plugin)
+    except Exception as error:
+        raise PluginError(
+            f"plugin {plugin.name!r} ({origin_of(plugin)}) cannot be copied: {type(error).__name__}: {error}. Each "
+            "model gets a copy, whose state is its own: keep plain values and tensors in it."
+        ) from error
 
 
 def _check_conflicts(plugins: Sequence[Plugin], origins: Mapping[str, str]) -> None:
@@ -280,6 +304,17 @@ def _check_conflicts(plugins: Sequence[Plugin], origins: Mapping[str, str]) -> N
                     f"{who(plugin, origins)} and {who(other, origins)} cannot run together: {plugin.name!r} declares "
                     "the conflict. Drop one of them."
                 )
+
+
+def _check_one_order(plugins: Sequence[Plugin], origins: Mapping[str, str], stages: Sequence[Stage]) -> None:
+    """Raise MethodError where two plugins set the order of one stage's data."""
+    for stage in stages:
+        named = [p for p in plugins if "sampler" in p.hooks() and (stage.plugins is None or p.name in stage.plugins)]
+        if len(named) > 1:
+            raise MethodError(
+                f"{who(named[0], origins)} and {who(named[1], origins)} both set the order of the data, of which there "
+                "is one. Drop one of them."
+            )
 
 
 def _ordered(plugins: Sequence[Plugin]) -> tuple[Plugin, ...]:

@@ -22,7 +22,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from .ask import ask
-from .compose import Plan
+from .compose import Plan, who
+from .distributed import plain_parameters
 from .errors import MethodError, PluginError
 from .plugin import Param, Run
 from .stages import Stage
@@ -47,12 +48,9 @@ class Effects:
         plugins = plan.active(stage)
         self._gates = [p for p in plugins if "may_train" in p.hooks()]
         self._rates = [p for p in plugins if "lr_scale" in p.hooks()]
-        self._foresight = all("next_change" in p.hooks() for p in self._gates)
         tensors = dict(model.named_parameters())
         _check_unchanged(tensors, plan.params)
-        self._frozen = [t for n, t in tensors.items() if n in plan.params and not self._in_stage(plan.params[n])]
-        self._tensors = {n: tensors[n] for n, p in plan.params.items() if self._in_stage(p)}
-        self._by_id = {id(t): plan.params[n] for n, t in self._tensors.items()}
+        self._take(tensors)
         self._running = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
         self._wanted: dict[str, bool] = {}
         self._next: int | None = 0
@@ -60,6 +58,17 @@ class Effects:
             raise MethodError(
                 f"The stage {stage.name!r} trains only the head, but the tuner {plan.tuner!r} left no head trainable."
             )
+
+    def _take(self, tensors: Mapping[str, nn.Parameter]) -> None:
+        params = self.plan.params
+        self._frozen = [t for n, t in tensors.items() if n in params and not self._in_stage(params[n])]
+        self._others = [t for n, t in tensors.items() if n not in params]
+        self._tensors = {n: tensors[n] for n, p in params.items() if self._in_stage(p)}
+        self._by_id = {id(t): params[n] for n, t in self._tensors.items()}
+
+    def rebind(self, model: nn.Module) -> None:
+        """After the model was prepared: FSDP2 puts sharded tensors in the place of those that were there."""
+        self._take(plain_parameters(model))
 
     def _in_stage(self, param: Param) -> bool:
         return self.stage.train == "all" or param.part == "head"
@@ -85,6 +94,7 @@ class Effects:
             _set_trainable(tensor, False)
         for tensor in self._tensors.values():
             _set_trainable(tensor, True)
+            tensor.grad = None  # what a run left behind that broke off in the middle of a step
         self.plan.timeline[:] = [change for change in self.plan.timeline if change.stage != self.stage.name]
 
     def close(self) -> None:
@@ -130,52 +140,79 @@ class Effects:
     def apply(self, run: Run) -> bool:
         """Freeze and thaw as the plugins say for `run.step`. Call at each update boundary; returns whether it changed.
 
-        Also undoes what others did to the flags meanwhile (PEFT resets them whenever adapters are switched).
+        Also undoes what others did to the flags meanwhile.
         """
-        if not self._wanted or not self._foresight or (self._next is not None and run.step >= self._next):
+        if not self._wanted or (self._next is not None and run.step >= self._next):
             wanted = {name: self._asks(run, self.plan.params[name]) for name in self._tensors}
             self._next = self._earliest_change(run)
         else:
             wanted = self._wanted
-        for name, tensor in self._tensors.items():
-            if tensor.requires_grad != wanted[name]:
-                _set_trainable(tensor, wanted[name])
-        for tensor in self._frozen:
-            _set_trainable(tensor, False)
-        changed = wanted != self._wanted
+        changed, self._wanted = wanted != self._wanted, wanted
+        self.hold()
         if changed:
-            self._wanted = wanted
-            self.plan.timeline.append(
-                Change(self.stage.name, run.step, run.max_steps, frozenset(self.groups(wanted.__getitem__)))
-            )
+            self._note(run, frozenset(self.groups(wanted.__getitem__)))
         return changed
+
+    def hold(self) -> None:
+        """Put every flag back to what it is in this step.
+
+        PEFT lets all adapters train again whenever they are switched, as preference trainers do for their reference
+        pass. Between a forward pass and its backward that would break activation checkpointing, which runs the forward
+        once more and must find it as it was.
+        """
+        for name, tensor in self._tensors.items():
+            if tensor.requires_grad != self._wanted[name]:
+                _set_trainable(tensor, self._wanted[name])
+        for tensor in (*self._frozen, *self._others):
+            if tensor.requires_grad:
+                _set_trainable(tensor, False)
+
+    def _note(self, run: Run, groups: frozenset[Group]) -> None:
+        """Write what trains from now on into the timeline, unless it says so already (after a resume)."""
+        mine = [change for change in self.plan.timeline if change.stage == self.stage.name]
+        if not mine or mine[-1].groups != groups:
+            self.plan.timeline.append(Change(self.stage.name, run.step, run.max_steps, groups))
 
     def _asks(self, run: Run, param: Param) -> bool:
         answers = [ask(plugin, "may_train", run, param) for plugin in self._gates]
         for plugin, answer in zip(self._gates, answers, strict=True):
             if not isinstance(answer, bool):
                 raise PluginError(
-                    f"plugin {plugin.name!r}: may_train returned {answer!r} for {param.name}; expected a bool."
+                    f"{who(plugin, self.plan.origins)}: may_train returned {answer!r} for {param.name} at step "
+                    f"{run.step}; expected a bool."
                 )
         return all(answers)
 
     def _earliest_change(self, run: Run) -> int | None:
-        steps = [s for s in (ask(p, "next_change", run) for p in self._gates) if s is not None]
-        if any(s <= run.step for s in steps):
-            raise PluginError(f"A plugin's next_change answered {min(steps)} at step {run.step}; it must lie ahead.")
-        return min(steps, default=None)
+        steps: list[Any] = []
+        for plugin in self._gates:
+            answer = ask(plugin, "next_change", run)
+            if answer is None:
+                continue
+            whole = isinstance(answer, int) and not isinstance(answer, bool)
+            if answer is not NotImplemented and not (whole and answer > run.step):
+                raise PluginError(
+                    f"{who(plugin, self.plan.origins)}: next_change answered {answer!r} at step {run.step}; expected a "
+                    "later step, None for never again, or NotImplemented."
+                )
+            steps.append(answer)
+        return run.step + 1 if NotImplemented in steps else min(steps, default=None)
+
+    def _foresight(self, run: Run) -> bool:
+        """Whether every plugin can tell ahead what will train when."""
+        return all(ask(plugin, "next_change", run) is not NotImplemented for plugin in self._gates)
 
     def recall(self, run: Run) -> None:
         """After a resume: what trained before it, as the plugins tell, so that the timeline is whole."""
-        if not self._foresight or run.step == 0:
+        if run.step == 0 or not self._foresight(run):
             return
         for step, groups in self._schedule(run, 0, run.step):
             self.plan.timeline.append(Change(self.stage.name, step, run.max_steps, frozenset(groups)))
 
     def never_trained(self, run: Run) -> set[Group]:
         """The groups that no step of this stage will train, as far as the plugins can tell ahead."""
-        if not self._foresight:
-            return set()
+        if not self._foresight(run) or run.step >= max(run.max_steps, 1):
+            return set()  # unknown, or resumed at its end
         never = self.groups()
         for _, groups in self._schedule(run, run.step, max(run.max_steps, 1)):
             never -= groups
@@ -226,6 +263,7 @@ class Effects:
         if not self._rates:
             return lambda: None
         before = [(group, group["lr"]) for group in optimizer.param_groups]
+        scaled: list[tuple[dict[str, Any], Any]] = []
         for group, rate in before:
             param = self._by_id.get(id(group["params"][0])) if group["params"] else None
             if param is None:
@@ -235,8 +273,10 @@ class Effects:
                     f"{self._rates[0].name!r} scales the learning rate, but the optimizer computes its own (lr=None): "
                     "set relative_step=False and a learning rate."
                 )
+            scaled.append((group, rate * self.scale(run, param)))
+        for group, rate in scaled:  # once all plugins have answered, so that none that raises leaves half of them
             # Not in place: capturable optimizers keep the rate in a tensor that the scheduler still holds.
-            group["lr"] = rate * self.scale(run, param)
+            group["lr"] = rate
 
         def restore() -> None:
             for group, rate in before:
@@ -251,10 +291,31 @@ class Effects:
             factor = ask(plugin, "lr_scale", run, param)
             if not (isinstance(factor, (int, float)) and math.isfinite(factor) and factor >= 0):
                 raise PluginError(
-                    f"plugin {plugin.name!r}: lr_scale returned {factor!r} for {param.name}; expected ≥ 0."
+                    f"{who(plugin, self.plan.origins)}: lr_scale returned {factor!r} for {param.name} at step "
+                    f"{run.step}; expected a number ≥ 0."
                 )
             product *= factor
         return product
+
+
+def check_without_epochs(plan: Plan, stage: Stage, model: nn.Module, max_steps: int) -> None:
+    """For data without a length: ask once, as at step 0, what trains, so that a schedule in epochs is refused now.
+
+    Raises:
+        PluginError: a plugin needs to know how many steps an epoch has.
+    """
+    run = Run(
+        model=model,
+        task=plan.task,
+        num_blocks=plan.layers.num_blocks,
+        depths=tuple(sorted({param.depth for param in plan.params.values()}, reverse=True)),
+        stages=plan.stages,
+        stage=stage,
+        max_steps=max_steps,
+    )
+    for plugin in plan.active(stage):
+        for hook in {"may_train", "lr_scale"}.intersection(plugin.hooks()):
+            ask(plugin, hook, run, next(iter(plan.params.values())))
 
 
 def trainable_names(model: nn.Module) -> list[str]:

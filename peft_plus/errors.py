@@ -13,3 +13,21 @@ class PluginError(RuntimeError):
 
 class EngagementError(RuntimeError):
     """What a run declared and which tensors really moved do not agree."""
+
+
+class DataError(ValueError):
+    """The data cannot be trained on. Names the column, the row and the value."""
+
+
+class TrainingError(RuntimeError):
+    """A run went wrong in a way from which training on would not recover: it stopped before the next update.
+
+    Attributes:
+        weights_lost: whether the weights are ruined already, so that there is nothing to save.
+    """
+
+    weights_lost: bool = False
+
+
+class CheckpointError(RuntimeError):
+    """A training checkpoint is missing, damaged, unwritable, or belongs to another run. Nothing was changed or lost."""

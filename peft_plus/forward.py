@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from .layers import transformers_model
 
 _LABELS = ("labels", "start_positions", "end_positions", "shift_labels")
+_FUSED = ("fused_lm_head", "num_items_in_batch")
+"""What TRL tells a model so that it computes the loss in its head, without logits."""
 
 
 def second_pass(
@@ -38,6 +40,74 @@ def second_pass(
             "`inputs_embeds` itself. Give `input_ids`."
         )
     return output
+
+
+class FirstPass:
+    """The pass behind a micro-batch's loss, watched from outside: a Trainer class does not say what its model put out.
+
+    Args:
+        model: as built, not wrapped.
+    Attributes:
+        batch: the micro-batch, with the labels.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self.begin({})
+
+    def begin(self, batch: Any) -> None:
+        """A micro-batch begins."""
+        self.batch = dict(batch) if isinstance(batch, Mapping) else batch  # some Trainers take the labels out
+        self._output: Any = None
+        self._inputs: Mapping[str, Any] | None = None
+
+    def keep(self, output: Any) -> None:
+        """The pass gave `output`."""
+        self._output = output
+
+    def look(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """A forward hook, `with_kwargs`: keep what has logits, or else what the model was given.
+
+        Passes without gradient, for a reference or for metrics, are not the one.
+        """
+        if not torch.is_grad_enabled() or self._output is not None:
+            return
+        if getattr(output, "logits", None) is not None:
+            self._output = output
+        elif self._inputs is None and not args:
+            self._inputs = {name: value for name, value in kwargs.items() if name not in _FUSED}
+
+    @property
+    def output(self) -> Any:
+        """What the model put out; where its fused head gave no logits, a pass of its own, made when it is asked for."""
+        if self._output is not None:
+            return self._output
+        inputs = self.batch if self._inputs is None else self._inputs
+        return DeferredOutput(lambda: second_pass(self._model, inputs, {}))
+
+
+class DeferredOutput:
+    """Stands for a model's output, and makes the pass only when something of it is asked for.
+
+    Args:
+        make: runs the pass.
+    """
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make, self._made = make, None
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # copying and pickling ask; they must not start a pass
+            raise AttributeError(name)
+        return getattr(self._output(), name)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._output()[key]
+
+    def _output(self) -> Any:
+        if self._made is None:
+            self._made = self._make()
+        return self._made
 
 
 class _Noise:

@@ -2,102 +2,162 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import transformers
-from torch import Tensor, nn
+from peft import PeftModel
+from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 
-from . import losses, proof
-from .arguments import check_arguments, default_collator, find_argument, plan_in, plan_of
-from .checkpoint import THAWED, load_thawed
-from .compose import Plan
-from .effects import Effects
-from .errors import EngagementError, MethodError
-from .losses import StepTotals
-from .plugin import LossTerm, Plugin, Run
+from .argument_values import check_values
+from .arguments import (
+    check_adapter,
+    check_arguments,
+    check_objective,
+    default_collator,
+    find_argument,
+    plan_in,
+    plan_of,
+)
+from .checkpoint_trouble import loading
+from .distributed import check_accelerator
+from .engine import Engine
+from .errors import MethodError
+from .forward import FirstPass
+from .rehearsal import check_adapter_folder
+from .safeguards import Safeguards
+from .sampling import order, order_plugin, order_taken_from
+from .saving import THAWED, load_thawed
 from .stages import Stage
+from .step_loss import StepLoss
 from .tasks import infer_task
-from .timeline import label
+from .trainer_checkpoint import SealedCheckpoints
+from .trainer_loss import TrainerLoss, owners
 
 if TYPE_CHECKING:
     _Trainer = transformers.Trainer
 else:
     _Trainer = object  # stands before any Trainer class in the order of resolution
 
-logger = logging.getLogger(__name__)
 
-
-class Bridge(_Trainer):
+class Bridge(SealedCheckpoints, Safeguards, TrainerLoss, _Trainer):
     """What `with_plugins` puts in front of a Trainer class. Its methods only hand events and losses to the core."""
 
     model: Any
     optimizer: Any
     stage: Stage | None = None
-    _effects: Effects | None = None
-    _watch: proof.Engagement | None = None
-    _totals: StepTotals | None = None
-    _rank_offset: int = 0
-    _seen: int = 0
-    _in_step: bool = False
-    _asked: bool = False
+    _engine: Engine | None = None
+    _hook: Any = None
+    _order: Any = None
+    _order_taken: bool = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        plan = plan_in(args, kwargs)
-        if plan is not None:
-            check_arguments(plan, find_argument(TrainingArguments, args, kwargs))
-            self._choose_collator(plan, kwargs.get("model", args[0] if args else None), args, kwargs)
+        given = plan_in(args, kwargs)
+        if given is not None:  # before TRL tokenises its data
+            check_adapter(given, args, kwargs)
+            check_objective(given, type(self))
+            found = find_argument(TrainingArguments, args, kwargs)
+            check_arguments(given, found)
+            check_values(found, own_optimizer=bool({"optimizers", "optimizer_cls_and_kwargs"} & kwargs.keys()))
         super().__init__(*args, **kwargs)
-        if plan is None and (plan := plan_of(self.model)) is not None:  # from model_init
-            check_arguments(plan, self.args)
-            self._choose_collator(plan, self.model, args, kwargs)
-            self.data_collator = kwargs.get("data_collator") or self.data_collator
-        self._task = plan.task if plan else infer_task(self.model)
-        self._owns_loss = _first_definition(type(self), "compute_loss") is transformers.Trainer
-        if not losses.scales_by_items(self.model):
-            # transformers#47688: the model takes **kwargs but ignores num_items_in_batch, so its mean loss would count
-            # once per micro-batch and per process.
-            self.model_accepts_loss_kwargs = False
-        self._means: dict[str, tuple[Tensor, int]] = {}  # loss term → sum of its means since the last log, how many
+        plan = plan_of(self.model)
+        if given is not None and plan is not given:
+            raise MethodError(f"{type(self).__name__} put another model in the place of yours, and its plan is lost.")
+        if plan is not None:
+            check_objective(plan, type(self))  # a model from model_init is here for the first time
+            check_accelerator(plan, self.model, self.accelerator)
+        self._planned = plan
+        task = plan.task if plan else infer_task(self.model)
+        # Which labels the Trainer counts. The last virtual token predicts a row's first one.
+        self._loss_shifts_labels = task.predicts_next and not task.virtual_tokens
+        self._first_pass = FirstPass(self.model)
+        self._step_loss = StepLoss(
+            self.model,
+            task,
+            gather=self._gathered,
+            processes=self.accelerator.num_processes,
+            rank=self.accelerator.process_index,
+            together=self.args.average_tokens_across_devices,
+        )
+        self._choose_scale()
         self.add_callback(_Events(self))
-
-    def _choose_collator(self, plan: Plan, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _first_definition(type(self), "__init__") not in (transformers.Trainer, transformers.Seq2SeqTrainer):
-            return  # other Trainer classes bring collators of their own
-        collator = default_collator(plan, model, args, kwargs)
-        if collator is not None:
-            kwargs["data_collator"] = collator
 
     # ---- the life of a run -------------------------------------------------------------------------------------
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         plan = plan_of(self.model)
-        if plan and self.stage is None and len(plan.stages) > 1:
-            raise MethodError(
-                f"This method runs in {len(plan.stages)} stages ({', '.join(s.name for s in plan.stages)}), one "
-                "Trainer each: call peft_plus.fit(model, args, train_dataset=…) instead of Trainer.train()."
-            )
+        if plan and self.stage is None:
+            first, *others = plan.stages
+            if others:
+                raise MethodError(
+                    f"This method runs in {len(plan.stages)} stages ({', '.join(s.name for s in plan.stages)}), one "
+                    "Trainer each: call peft_plus.fit(model, args, train_dataset=…) instead of Trainer.train()."
+                )
+            if first.args:
+                raise MethodError(
+                    f"The stage {first.name!r} sets {', '.join(first.args)}, which Trainer.train() would not use: call "
+                    "peft_plus.fit(model, args, train_dataset=…)."
+                )
         try:
             return super().train(*args, **kwargs)
         finally:
-            if self._effects is not None:
-                self._effects.close()
-                self._effects = None
+            if self._engine is not None:
+                self._engine.close()
+                self._engine = None
+            if self._hook is not None:
+                self._hook.remove()
+                self._hook = None
+
+    def get_train_dataloader(self) -> Any:
+        self._order, self._order_taken = self._planned_order(), False
+        loader, plan = super().get_train_dataloader(), plan_of(self.model)
+        if plan is not None and self._order is not None and not self._order_taken:
+            raise order_taken_from(plan, type(self))
+        return loader
+
+    @property
+    def _rows(self) -> int:
+        """Rows of a micro-batch of one process."""
+        return self._train_batch_size // (self.accelerator.num_processes if self.accelerator.split_batches else 1)
+
+    def _planned_order(self) -> Any:
+        plan = plan_of(self.model)
+        if plan is None or self.train_dataset is None:
+            return None
+        stage, owner = self.stage or plan.stages[0], owners(type(self), "_get_train_sampler")[0]
+        if order_plugin(plan, stage) is not None and owner is not transformers.Trainer:
+            raise order_taken_from(plan, owner)
+        return order(
+            plan,
+            stage,
+            self.model,
+            self.train_dataset,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            batch_size=self._rows,
+            processes=self.accelerator.num_processes,
+        )
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        self._order_taken = True
+        return super()._get_train_sampler(*args, **kwargs) if self._order is None else self._order
+
+    def _begin_epoch(self) -> None:
+        # Accelerate tells it too, but does not reach it where a resumed run skips batches on several processes.
+        if hasattr(self._order, "set_epoch"):
+            self._order.set_epoch(self.state.global_step // self._steps_per_epoch)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         plan = plan_of(self.model)
         if plan is None:
             return super().create_optimizer(*args, **kwargs)
-        self._effects = Effects(self.model, plan, self.stage or plan.stages[0])
-        self._effects.open()
-        optimizer = super().create_optimizer(*args, **kwargs)
-        self._effects.group(optimizer, scheduled=self.lr_scheduler is not None)
+        self._engine = Engine(self.model, plan, self.stage or plan.stages[0])
+        optimizer = super().create_optimizer(*args, **kwargs) or self.optimizer  # an own method may return nothing
+        self._engine.adopt(optimizer, scheduled=self.lr_scheduler is not None)
         return optimizer
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> Any:
@@ -107,9 +167,12 @@ class Bridge(_Trainer):
         return values
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if (Path(resume_from_checkpoint) / THAWED).is_file():
-            load_thawed(model or self.model, resume_from_checkpoint)
+        with loading(resume_from_checkpoint):
+            if isinstance(self.model, PeftModel):
+                check_adapter_folder(resume_from_checkpoint, self.model)
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if (Path(resume_from_checkpoint) / THAWED).is_file():
+                load_thawed(model or self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         # The best checkpoint may be older than a layer's thawing: prove first, then load.
@@ -119,113 +182,59 @@ class Bridge(_Trainer):
         if best and (Path(best) / THAWED).is_file():
             load_thawed(self.model, best)
 
-    # ---- events, called by _Events -----------------------------------------------------------------------------
-
     def _begin(self) -> None:
-        if self._effects is None:
+        if self._engine is None:
+            if plan_of(self.model) is not None:
+                raise self._bypassed("create_optimizer")
             return
-        plan = self._effects.plan
-        self._run = Run(
-            model=self.model,
-            task=plan.task,
-            num_blocks=plan.layers.num_blocks,
-            depths=self._effects.depths,
-            stages=plan.stages,
-            stage=self._effects.stage,
+        self._first_step = self.state.global_step
+        if self._engine.term_plugins and owners(type(self), "compute_loss")[0] is not transformers.Trainer:
+            self._hook = self.model.register_forward_hook(self._first_pass.look, with_kwargs=True)
+        self._engine.begin(
             step=self.state.global_step,
             max_steps=self.state.max_steps,
             steps_per_epoch=self._steps_per_epoch,
             optimizer=self.optimizer,
-            base_lr=self.args.learning_rate,
+            lr=self.args.learning_rate,
             seed=self.args.seed,
+            batch_size=self._rows,
+            processes=self.accelerator.num_processes,
+            watch=not self.is_deepspeed_enabled,  # which updates inside the backward, and copies of its own
         )
-        params = plan.params
-        self._watch = proof.Engagement(
-            dict(self.model.named_parameters()),
-            lambda name: (params[name].depth, params[name].part) if name in params else None,
-        )
-        never = self._effects.never_trained(self._run)
-        if never:
-            names = ", ".join(label(g, plan.layers.num_blocks) for g in sorted(never, reverse=True))
-            logger.warning("In these %d steps the schedule never trains: %s.", self.state.max_steps, names)
-        self._effects.recall(self._run)
-        self._effects.apply(self._run)
-
-    def _step_begin(self) -> None:
-        if self._effects is not None:
-            self._run.step, self._seen = self.state.global_step, 0
-            self._effects.apply(self._run)
-
-    def _before_update(self) -> None:
-        if self._effects is None:
-            return
-        self._effects.drop_frozen_gradients()
-        self._restore_rates = self._effects.scale_rates(self.optimizer, self._run)
-        assert self._watch is not None
-        moving = [group for group in self.optimizer.param_groups if group["lr"] is None or float(group["lr"]) > 0]
-        ids = {id(tensor) for group in moving for tensor in group["params"]}
-        tensors = self._effects.tensors.items()
-        self._watch.count(name for name, tensor in tensors if id(tensor) in ids and self._effects.trains(name))
-
-    def _after_update(self) -> None:
-        if self._effects is not None:
-            self._restore_rates()
-
-    def _evaluated(self, metrics: Mapping[str, float]) -> None:
-        if self._effects is not None:
-            self._run.last_metrics = dict(metrics)
 
     def _prove(self) -> None:
-        """Compare what was declared with what moved; on a contradiction save the work, then raise."""
-        if self._effects is None or self._watch is None:
+        if self._engine is not None:
+            self._engine.prove(self._save_unproven)
+
+    def _save_unproven(self) -> str:
+        folder = str(Path(self.args.output_dir or ".") / "unproven")
+        self.save_model(folder)
+        return folder
+
+
+class ExactLoss(transformers.Trainer):
+    """Stands right above `transformers.Trainer`, where the arguments and calls of any Trainer class arrive.
+
+    Whoever calls its `compute_loss` during a step gets the exact share of the step's loss.
+    """
+
+    _in_step: bool
+    _divisor: float
+    _divides: bool
+    _first_pass: FirstPass
+    _step_loss: StepLoss
+    _multiplied: Callable[[Any], int]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = inspect.signature(transformers.Trainer.__init__).bind(self, *args, **kwargs).arguments
+        super().__init__(*args, **kwargs)
+        plan = plan_of(self.model)
+        if plan is None:
             return
-        watch, self._watch = self._watch, None
-        plan = self._effects.plan
-        rows, strays = watch.finish()
-        plan.engagement[self._effects.stage.name] = rows
-        logger.info(
-            "What trained in stage %r:\n%s", self._effects.stage.name, proof.table(rows, plan.layers.num_blocks)
-        )
-        try:
-            proof.check(rows, strays, plan.layers.num_blocks)
-        except EngagementError as error:
-            folder = Path(self.args.output_dir or ".") / "unproven"
-            self.save_model(str(folder))
-            raise EngagementError(f"{error} The weights as they are were saved in {str(folder)!r}.") from None
-
-    # ---- the loss ----------------------------------------------------------------------------------------------
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        samples, items = super().get_batch_samples(*args, **kwargs)
-        self._totals = self._count(samples)
-        return samples, items
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._in_step, self._asked = True, False
-        try:
-            loss = super().training_step(*args, **kwargs)
-        except RuntimeError as error:
-            if self._effects is None or "does not require grad" not in str(error):
-                raise
-            blocks = self._effects.plan.layers.num_blocks
-            groups = sorted(self._effects.groups(self._effects.trains), reverse=True)
-            now = ", ".join(label(group, blocks) for group in groups) or "nothing"
-            raise MethodError(
-                f"At step {self.state.global_step} only {now} may train, "
-                "and the loss uses none of it. Let something that it uses train from the start, or use another loss."
-            ) from error
-        finally:
-            self._in_step = False
-        if self._effects is not None:
-            self._effects.drop_frozen_gradients()
-        silent = [] if self._asked else self._term_plugins()
-        if silent:
-            raise MethodError(
-                f"plugin {silent[0].name!r} adds a loss term, but {type(self).__name__}.compute_loss never asked for "
-                "it. Let it call super().compute_loss, or write it in a subclass of transformers.Trainer and use "
-                "peft_plus.with_plugins(ThatTrainer)."
-            )
-        return loss
+        check_arguments(plan, self.args)
+        if given.get("data_collator") is None:  # nor does the Trainer class bring one of its own
+            collator = default_collator(plan, self.model, self.processing_class, self.train_dataset)
+            self.data_collator = collator or self.data_collator
 
     def compute_loss(
         self,
@@ -235,104 +244,59 @@ class Bridge(_Trainer):
         num_items_in_batch: Any = None,
         **kwargs: Any,
     ) -> Any:
-        if not self._in_step or self._totals is None:
+        if not self._in_step or self._step_loss.totals is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch, **kwargs)
-        if self._effects is not None:
-            self._effects.rest()
-        batch = dict(inputs)
+        batch = self._first_pass.batch = dict(inputs)
         loss, output = super().compute_loss(model, inputs, True, num_items_in_batch=num_items_in_batch, **kwargs)
-        scaled = self._already_scaled(num_items_in_batch)
-        # What the Trainer will divide by after this method; undone here, since every part below is scaled exactly.
-        divisor = 1.0 if scaled else float(self.current_gradient_accumulation_steps)
-        if self._owns_loss and not scaled:
-            loss = self._exact(loss, batch) * divisor
-        for term in self._terms(batch, output).values():
-            loss = loss + losses.contribution(term, self._totals) * divisor
+        self._first_pass.keep(output)
+        factor = self._multiplied(num_items_in_batch)
+        smoothed = self.label_smoother is not None and "labels" in batch
+        divided = num_items_in_batch is not None and (smoothed or (self._divides and self.model_accepts_loss_kwargs))
+        if self.compute_loss_func is None and not divided:
+            loss, factor = self._step_loss.share(loss / factor, batch), self._step_loss.weight(batch)
+        if self.compute_loss_func is None and not smoothed:  # the model's own loss
+            loss = loss - self._step_loss.router_excess(output, factor)
+        loss = loss * self._divisor
         return (loss, output) if return_outputs else loss
-
-    def _exact(self, loss: Tensor, batch: Mapping[str, Any]) -> Tensor:
-        """The task's mean over this micro-batch, rescaled to its share of the mean over the whole step."""
-        assert self._totals is not None
-        count = float(self._task.count(batch))
-        if count == 0:  # the mean over nothing is NaN; its share of the step is nothing, still with a graph
-            return loss.nan_to_num() * 0
-        # The share first: with one micro-batch it is exactly 1 and the loss stays what it was, bit for bit.
-        return loss * (count * self._totals.processes / self._totals.labels)
-
-    def _terms(self, batch: Mapping[str, Any], output: Any) -> dict[str, LossTerm]:
-        plugins = self._term_plugins()
-        if not plugins:
-            return {}
-        self._asked = True
-        self._run.batch, self._run.first_example = batch, self._rank_offset + self._seen
-        terms = losses.collect(plugins, self._run, batch, output)
-        self._seen += _rows(batch) * self.accelerator.num_processes
-        for name, term in terms.items():
-            total, number = self._means.get(name, (torch.zeros(()), 0))
-            self._means[name] = (losses.mean(term) + total.to(term.sum.device), number + 1)
-        return terms
-
-    def _term_plugins(self) -> list[Plugin]:
-        if self._effects is None:
-            return []
-        return [p for p in self._effects.plan.active(self._effects.stage) if "loss_terms" in p.hooks()]
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs:
-            for name, (total, number) in self._means.items():
-                logs[name] = round(float(total) / number, 6)
-            self._means.clear()
-            if self._effects is not None:
-                logs.update(self._run.logged)
-                self._run.logged.clear()
-        super().log(logs, *args, **kwargs)
-
-    def _already_scaled(self, num_items_in_batch: Any) -> bool:
-        """Whether the Trainer will leave the loss as it is; the same rule as its own, which it applies afterwards."""
-        if self.loss_is_scaled_for_ga is not None:
-            return bool(self.loss_is_scaled_for_ga)
-        return (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func is not None
-
-    def _count(self, samples: list[Any]) -> StepTotals | None:
-        """Labels and rows of the whole optimizer step, over all micro-batches and processes."""
-        if not samples or not all(isinstance(batch, Mapping) for batch in samples):
-            return None
-        rows = [_rows(batch) for batch in samples]
-        try:
-            labels = sum(float(self._task.count(batch)) for batch in samples)
-        except ValueError:
-            if self._term_plugins():
-                raise
-            return None  # no labels that the task knows: the loss stays as the model or the user computes it
-        counts = torch.tensor([labels, sum(rows)], dtype=torch.float64)
-        processes = self.accelerator.num_processes
-        self._rank_offset = 0
-        if processes > 1:
-            counts = torch.as_tensor(self.accelerator.reduce(counts.to(self.args.device), "sum")).cpu()
-            self._rank_offset = self.accelerator.process_index * rows[0]
-        return StepTotals(float(counts[0]), float(counts[1]), len(samples), processes)
 
 
 class _Events(TrainerCallback):
-    """Hands the Trainer's events to the bridge. Added last, so that it runs after the user's callbacks."""
+    """Hands the Trainer's events to the engine. Added last, so that it runs after the user's callbacks."""
 
     def __init__(self, trainer: Bridge) -> None:
         self._trainer = trainer
 
+    @property
+    def _engine(self) -> Engine | None:
+        return self._trainer._engine
+
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self._trainer._begin()
 
+    def on_epoch_begin(self, *_: Any, **__: Any) -> None:
+        self._trainer._begin_epoch()
+
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self._trainer._step_begin()
+        if self._engine is not None:
+            self._engine.step_begin(self._trainer.state.global_step)
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        self._trainer._before_update()
+        if self._engine is not None:
+            if not self._trainer._step_loss.done:
+                raise self._trainer._bypassed("training_step")
+            self._engine.before_update()
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        self._trainer._after_update()
+        if self._engine is not None:
+            self._engine.after_update(skipped=self._trainer.accelerator.optimizer_step_was_skipped)
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        if self._engine is not None:
+            self._engine.step_end(self._trainer.state.global_step)
 
     def on_evaluate(self, *_: Any, metrics: Mapping[str, float] | None = None, **__: Any) -> None:
-        self._trainer._evaluated(metrics or {})
+        if self._engine is not None:
+            self._engine.evaluated(metrics or {})
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self._trainer._prove()
@@ -354,22 +318,15 @@ def with_plugins(trainer_class: type[Any]) -> type[Any]:
         raise TypeError(f"with_plugins takes a subclass of transformers.Trainer, not {trainer_class!r}.")
     if issubclass(trainer_class, Bridge):
         return trainer_class
+    if trainer_class is transformers.Trainer:
+        return Trainer
+    bases: tuple[Any, ...] = (Bridge, trainer_class, ExactLoss)
     return type(
         trainer_class.__name__,
-        (Bridge, trainer_class),
+        bases,
         {"__module__": trainer_class.__module__, "__doc__": trainer_class.__doc__},
     )
 
 
-class Trainer(Bridge, transformers.Trainer):
+class Trainer(Bridge, ExactLoss):
     """`transformers.Trainer` that runs the plan of a model from `get_model`. Same arguments, same methods."""
-
-
-def _rows(batch: Mapping[str, Any]) -> int:
-    return next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim()), 0)
-
-
-def _first_definition(cls: type[Any], method: str) -> type[Any]:
-    """The class after Bridge in the order of resolution that defines `method`."""
-    order = cls.__mro__[cls.__mro__.index(Bridge) + 1 :]
-    return next(base for base in order if method in vars(base))

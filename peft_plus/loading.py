@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ _CONFIG_KWARGS = (
     "token",
     "trust_remote_code",
 )
+_FROM_PRETRAINED = ("attn_implementation", "device_map", "dtype", "low_cpu_mem_usage", "max_memory", "offload_folder")
+"""Of the many that `from_pretrained` takes without naming them in its signature: those that people misspell."""
 
 
 @dataclass(frozen=True)
@@ -132,11 +135,26 @@ def load(source: Source, quantization: BitsAndBytesConfig | None, kwargs: Mappin
 
     Args:
         kwargs: for `from_pretrained`: `device_map`, `dtype` and the user's `model_kwargs`.
+    Raises:
+        MethodError: one of them is unknown.
     """
+    from transformers import PreTrainedModel
+
     extra = dict(kwargs)
     if quantization is not None:
         extra["quantization_config"] = quantization
-    return prepare_quantised(source.auto_class.from_pretrained(source.name, config=source.config, **extra))
+    try:
+        model = source.auto_class.from_pretrained(source.name, config=source.config, **extra)
+    except TypeError as error:  # what nobody took on the way is handed to the model's constructor, before the weights
+        stranger = next((name for name in extra if f"unexpected keyword argument '{name}'" in str(error)), None)
+        if stranger is None:
+            raise
+        known = inspect.signature(PreTrainedModel.from_pretrained).parameters
+        raise MethodError(
+            f"model_kwargs holds {stranger!r}, which neither from_pretrained nor {type(source.skeleton).__name__} "
+            f"takes.{nearest(stranger, [*known, *_FROM_PRETRAINED])} No weights were loaded."
+        ) from error
+    return prepare_quantised(model)
 
 
 def prepare_quantised(model: nn.Module) -> nn.Module:

@@ -14,7 +14,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from .ask import ask
+from .ask import ask, origin_of
 from .errors import PluginError
 from .layers import transformers_model
 from .plugin import LossTerm, Plugin, Run, Unit
@@ -28,40 +28,53 @@ class StepTotals:
     """How much one optimizer step holds, over all its micro-batches and all processes.
 
     Attributes:
-        labels: labels that the task's loss averages over.
-        examples: rows.
+        labels: labels that the task's loss averages over; None where they cannot be counted.
+        examples: rows; None where a batch has none.
         micro_batches: of one process.
-        processes: how many share the step; their gradients are averaged afterwards.
+        processes: how many share the counts; their gradients are averaged afterwards.
     """
 
-    labels: float
-    examples: float
+    labels: float | None
+    examples: float | None
     micro_batches: int
     processes: int = 1
 
 
-def collect(plugins: Sequence[Plugin], run: Run, batch: Mapping[str, Any], output: Any) -> dict[str, LossTerm]:
+def collect(
+    plugins: Sequence[Plugin],
+    run: Run,
+    batch: Mapping[str, Any],
+    output: Any,
+    owners: dict[str, str] | None = None,
+) -> dict[str, LossTerm]:
     """Ask each plugin for its terms.
 
+    Args:
+        owners: filled with term → the plugin that added it, as messages name it.
     Raises:
-        PluginError: a name came twice, or a term is no scalar with a gradient-carrying sum.
+        PluginError: the answer is no mapping, a name came twice, or a term is no scalar tensor.
     """
     terms: dict[str, LossTerm] = {}
-    owner: dict[str, str] = {}
+    owner: dict[str, str] = {} if owners is None else owners
     for plugin in plugins:
-        for name, term in ask(plugin, "loss_terms", run, batch, output).items():
+        answer = ask(plugin, "loss_terms", run, batch, output)
+        label = f"plugin {plugin.name!r} ({origin_of(plugin)})"
+        if not isinstance(answer, Mapping) or not all(isinstance(name, str) for name in answer):
+            raise PluginError(
+                f"{label}: loss_terms returned {_shape(answer)}; expected a mapping from names to LossTerms, {{}} for "
+                "none."
+            )
+        for name, term in answer.items():
             if name in terms:
-                raise PluginError(f"plugins {owner[name]!r} and {plugin.name!r} both add a loss term called {name!r}.")
+                raise PluginError(f"{owner[name]} and {label} both add a loss term called {name!r}.")
             if not isinstance(term, LossTerm) or not isinstance(term.sum, Tensor) or term.sum.dim() != 0:
                 raise PluginError(
-                    f"plugin {plugin.name!r}: the loss term {name!r} is {_shape(term)}; expected LossTerm(sum=a scalar "
-                    "tensor, count=…)."
+                    f"{label}: the loss term {name!r} is {_shape(term)}; expected LossTerm(sum=a scalar tensor, "
+                    "count=…)."
                 )
             if term.per not in UNITS:
-                raise PluginError(
-                    f"plugin {plugin.name!r}: the loss term {name!r} has per={term.per!r}; one of {list(UNITS)}."
-                )
-            terms[name], owner[name] = term, plugin.name
+                raise PluginError(f"{label}: the loss term {name!r} has per={term.per!r}; one of {list(UNITS)}.")
+            terms[name], owner[name] = term, label
     return terms
 
 
@@ -74,6 +87,7 @@ def contribution(term: LossTerm, totals: StepTotals) -> Tensor:
     if term.per == "step":
         return term.sum / totals.micro_batches
     total = totals.labels if term.per == "label" else totals.examples
+    assert total is not None
     return term.sum * (totals.processes / max(total, 1))
 
 

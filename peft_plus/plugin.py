@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor
     from torch.nn import Module
     from torch.optim import Optimizer
+    from torch.utils.data import Sampler
 
     from .stages import Stage
     from .tasks import Task
@@ -95,7 +96,11 @@ class Run:
         seed: seed of every random stream.
         batch: the micro-batch being worked on, with the labels.
         first_example: position, within the whole optimizer step over all processes, of this batch's first row.
+        batch_size: rows of one micro-batch of one process; 0 before the loop has made its loader.
+        processes: how many processes share an optimizer step.
         last_metrics: what the last evaluation returned.
+        last_evaluation_step: the step at which it did, or None before the first: how an evaluation is told from the
+            next.
     """
 
     model: Module
@@ -112,7 +117,10 @@ class Run:
     seed: int = 0
     batch: Mapping[str, Any] = field(default_factory=dict)
     first_example: int = 0
+    batch_size: int = 0
+    processes: int = 1
     last_metrics: Mapping[str, float] = field(default_factory=dict)
+    last_evaluation_step: int | None = None
     logged: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -169,6 +177,8 @@ class Plugin:
         after: names of plugins that this one must follow in a chain, whatever order the user wrote.
         conflicts: names of plugins that it cannot run with.
         needs: words of `NEEDS`, checked before the base model loads.
+        objectives: what kinds of training its loss terms are written for: `supervised` (the rows have labels),
+            `preference`, `reward`, `reinforcement` or `distillation`.
     """
 
     name: ClassVar[str] = ""
@@ -177,10 +187,21 @@ class Plugin:
     after: ClassVar[tuple[str, ...]] = ()
     conflicts: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[tuple[str, ...]] = ()
+    objectives: ClassVar[tuple[str, ...]] = ("supervised",)
 
     def plan_stages(self, stages: Sequence[Stage]) -> Sequence[Stage]:
         """Once, before anything loads: the stages to run, changed or not. Plugins chain, in order."""
         return stages
+
+    def sampler(self, run: Run, dataset: Any) -> Sampler[int] | None:
+        """Once in each stage, when the loop makes its loader: the order of the data, or None for the loop's own.
+
+        One plugin at most. The loader cuts the indices into batches of `run.batch_size`, one after another, and hands
+        them to the processes in turn. Before each epoch the loop calls the sampler's `set_epoch(epoch)`, where it has
+        one; an epoch's order may depend on that and on `run.seed` alone, or no resumed run could find it again. `run`
+        tells where the stage begins: `step` is 0, and there is no optimizer yet.
+        """
+        return None
 
     def may_train(self, run: Run, param: Param) -> bool:
         """Whether `param` trains at `run.step`. Asked at the start and at each update boundary.
@@ -205,13 +226,36 @@ class Plugin:
     def next_change(self, run: Run) -> int | None:
         """The next step (> `run.step`) at which `may_train` answers differently, or None for never again.
 
-        The earliest of all plugins counts. It lets a plan be printed, and work on frozen layers be saved, ahead.
+        `NotImplemented`, the default, where that cannot be told ahead: `may_train` is then asked at every step. The
+        earliest of all plugins counts. It lets a plan be printed, and work on frozen layers be saved, ahead.
         """
-        return None
+        return NotImplemented
 
     def loss_terms(self, run: Run, batch: Mapping[str, Any], output: Any) -> Mapping[str, LossTerm]:
         """For each training micro-batch: what to add to the task's loss, by name. Names are unique over plugins."""
         return {}
+
+    def on_step_end(self, run: Run) -> None:
+        """After each optimizer step: the one place where state may change, since checkpoints are written after it.
+
+        `run.step` counts the finished step too. What can be derived from `run.step` needs no state.
+        """
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """What a checkpoint keeps of this plugin: plain values and tensors. By default every `field(init=False)`."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.init}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` gave, before a resumed run goes on.
+
+        Raises:
+            ValueError: the names are not those of this version's state.
+        """
+        names = {f.name for f in dataclasses.fields(self) if not f.init}
+        if names != set(state):
+            raise ValueError(f"the checkpoint holds the state {sorted(state)}, this version has {sorted(names)}.")
+        for name, value in state.items():
+            setattr(self, name, value)
 
     def __post_init__(self) -> None:
         """Override to check the values of settings; their types are checked before."""
@@ -243,7 +287,18 @@ class Plugin:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
 
 
-HOOKS: tuple[str, ...] = ("plan_stages", "may_train", "lr_scale", "lr_key", "next_change", "loss_terms")
+HOOKS: tuple[str, ...] = (
+    "plan_stages",
+    "sampler",
+    "may_train",
+    "lr_scale",
+    "lr_key",
+    "next_change",
+    "loss_terms",
+    "on_step_end",
+    "state_dict",
+    "load_state_dict",
+)
 """Every hook there is. Anything else a plugin defines without a leading underscore is refused."""
 
 _RESERVED = frozenset({"hooks", "settings"})

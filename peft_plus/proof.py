@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from .distributed import gather
+from .divergence import finite
 from .errors import EngagementError
 from .timeline import Group, label
 
@@ -16,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 CHUNK = 1 << 21
 """Elements hashed at a time: bounds the extra memory to a few tens of megabytes, whatever the tensor."""
+
+MAX_RESTS = 8
+"""How often a tensor that trained is watched while it is frozen again: bounds the cost of schedules that flip often."""
 
 
 @dataclass(frozen=True)
@@ -47,25 +53,53 @@ class Engagement:
     def __init__(self, tensors: Mapping[str, nn.Parameter], group_of: Callable[[str], Group | None]) -> None:
         self._tensors, self._group_of = tensors, group_of
         self._before = {name: checksum(tensor) for name, tensor in tensors.items()}
+        self._broken = self._not_finite()
+        self._resting: dict[str, tuple[int, int]] = {}  # what trained, and is frozen again: its checksum since then
+        self._rests: dict[str, int] = {}
         self._steps: dict[str, int] = {}
         self._strays: set[str] = set()
         self._reached: set[str] = set()
+        self._last: set[str] = set()  # what trained in the update before
 
     def count(self, names: Iterable[str]) -> None:
         """Note one update, before it happens, in which exactly these parameters train, with a rate above zero."""
-        for name in names:
-            if name not in self._steps and checksum(self._tensors[name]) != self._before[name]:
-                self._strays.add(name)  # it moved while it was still frozen
+        training = set(names)
+        for name in self._last - training:
+            self._rests[name] = self._rests.get(name, 0) + 1
+            if self._rests[name] <= MAX_RESTS:
+                self._resting[name] = checksum(self._tensors[name])
+        for name in training:
+            frozen_as = self._resting.pop(name, None) if name in self._steps else self._before[name]
+            if frozen_as is not None and checksum(self._tensors[name]) != frozen_as:
+                self._strays.add(name)  # it moved while it was frozen
             if self._tensors[name].grad is not None:
                 self._reached.add(name)
             self._steps[name] = self._steps.get(name, 0) + 1
+        self._last = training
+
+    def broken(self) -> list[str]:
+        """The parameters that may train and were NaN or infinite from the start. Every process must call it."""
+        return sorted(n for n in self._anywhere(self._broken)[0] if self._group_of(n) is not None)
+
+    def _not_finite(self) -> set[str]:
+        return {name for name, tensor in self._tensors.items() if not finite(tensor)}
+
+    def ruined(self) -> list[str]:
+        """The tensors that became NaN or infinite since the start. Every process must call it."""
+        now, before = self._anywhere(self._not_finite(), self._broken)
+        return sorted(now - before)
 
     def finish(self) -> tuple[list[Row], list[str]]:
-        """Compare with the start.
+        """Compare with the start. Every process must call it, and all get the same answer.
 
-        Returns: the rows, and the names of tensors that moved before they were declared trainable, or without it.
+        Returns: the rows, and the names of tensors that moved while they were not declared trainable.
         """
-        moved = {name for name, tensor in self._tensors.items() if checksum(tensor) != self._before[name]}
+        now = {name: checksum(tensor) for name, tensor in self._tensors.items()}
+        self._strays |= {name for name, since in self._resting.items() if now[name] != since}
+        moved, reached, strays = self._anywhere(
+            {name for name in now if now[name] != self._before[name]}, self._reached, self._strays
+        )
+        self._compare_processes(now)
         groups: dict[Group, list[str]] = {}
         for name in self._tensors:
             group = self._group_of(name)
@@ -77,15 +111,32 @@ class Engagement:
                 max((self._steps.get(n, 0) for n in names), default=0),
                 len(names),
                 len(moved.intersection(names)),
-                not self._reached.isdisjoint(names),
+                not reached.isdisjoint(names),
             )
             for group, names in sorted(groups.items(), reverse=True)
         ]
-        return rows, sorted(self._strays | (moved - self._steps.keys()))
+        return rows, sorted(strays | (moved - self._steps.keys()))
+
+    def _anywhere(self, *found: set[str]) -> list[set[str]]:
+        """Each set united over all processes: a sharded tensor moved if any shard of it did."""
+        return [set().union(*sets) for sets in zip(*gather(found), strict=True)]
+
+    def _compare_processes(self, now: Mapping[str, tuple[int, int]]) -> None:
+        """Warn where processes hold different copies of what trained; nothing would bring them together again."""
+        copies = {n: now[n] for n in self._steps if not isinstance(self._tensors[n], DTensor)}
+        others = gather(copies)
+        apart = [name for name in copies if any(other.get(name) != copies[name] for other in others)]
+        if apart:
+            logger.warning(
+                "%d tensors differ from process to process, e.g. %r. Something changed weights or gradients on some of "
+                "them only, such as a callback that does not run on all, or their hardware rounds differently.",
+                len(apart),
+                apart[0],
+            )
 
 
-def check(rows: list[Row], strays: list[str], num_blocks: int) -> None:
-    """Raise EngagementError where a declared group never moved, or a frozen tensor did."""
+def check(rows: list[Row], strays: list[str], num_blocks: int, ruined: Sequence[str] = ()) -> None:
+    """Raise EngagementError where a declared group never moved, a frozen tensor did, or one is not finite any more."""
     idle = []
     for row in (r for r in rows if r.steps and not r.moved):
         if not row.reached and row.group[1] != "head" and row.group[0] > num_blocks:
@@ -102,6 +153,11 @@ def check(rows: list[Row], strays: list[str], num_blocks: int) -> None:
     if strays:
         wrong.append(
             f"{len(strays)} frozen tensors moved, e.g. {strays[0]!r}: something outside the optimizer changed them"
+        )
+    if ruined:
+        wrong.append(
+            f"{len(ruined)} tensors became NaN or infinite, e.g. {ruined[0]!r}: go back to an earlier checkpoint, with "
+            "a lower learning rate or another optimizer"
         )
     if wrong:
         raise EngagementError("What trained is not what was declared. " + "; ".join(wrong) + ".")
@@ -121,6 +177,8 @@ def checksum(tensor: Tensor) -> tuple[int, int]:
     One changed element always changes the first sum; two changes that cancel there, as when values change places, do
     not cancel in the second, where each counts by its position i.
     """
+    if isinstance(tensor, DTensor):
+        tensor = tensor.to_local()  # of this process alone, so that looking costs no communication
     if tensor.is_meta:  # offloaded by Accelerate: frozen, and out of reach
         return 0, 0
     flat = tensor.detach().contiguous().reshape(-1)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import importlib.util
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
 from typing import Any, Literal
 
+from . import dropin
 from .errors import MethodError, PluginError
 from .names import nearest
 from .plugin import API, Plugin
@@ -165,6 +165,7 @@ FIRST_PARTY: Mapping[str, str] = {
     "llrd": "peft-plus-stability",
     "r3f": "peft-plus-stability",
     "lp_ft": "peft-plus-probing",
+    "length_buckets": "peft-plus-incremental",
 }
 """Plugins of this project that may not be installed, so that an error can name the distribution."""
 
@@ -222,7 +223,7 @@ def _peft_summary(name: str) -> str:
 
 def _package_folder(package: str) -> Path:
     """Where a top-level package lies, without importing it."""
-    spec = importlib.util.find_spec(package)
+    spec = dropin.find_spec(package)
     if spec is None or not spec.origin:
         raise PluginError(f"The package {package!r} is not installed.")
     return Path(spec.origin).parent

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import MethodError
+from .names import nearest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,6 +52,7 @@ def fit(
     Raises:
         MethodError: the model has no plan, or a stage sets an argument that TrainingArguments does not have.
     """
+    from .argument_values import check_values
     from .arguments import plan_of
     from .hf import Trainer, with_plugins
 
@@ -65,6 +67,8 @@ def fit(
             "given. Pass optimizer_cls_and_kwargs=(class, settings) instead."
         )
     stage_args = [_arguments_of(stage, args, nested=len(plan.stages) > 1) for stage in plan.stages]
+    for own in stage_args:  # of all stages, before the first one trains
+        check_values(own, own_optimizer=bool({"optimizers", "optimizer_cls_and_kwargs"} & trainer_kwargs.keys()))
     outputs = []
     for stage, own in zip(plan.stages, stage_args, strict=True):
         trainer = with_plugins(trainer_class or Trainer)(model, own, **trainer_kwargs)
@@ -76,7 +80,10 @@ def fit(
 def _arguments_of(stage: Stage, args: TrainingArguments, *, nested: bool) -> TrainingArguments:
     unknown = [name for name in stage.args if not hasattr(args, name)]
     if unknown:
-        raise MethodError(f"The stage {stage.name!r} sets {unknown[0]!r}, which {type(args).__name__} does not have.")
+        raise MethodError(
+            f"The stage {stage.name!r} sets {unknown[0]!r}, which {type(args).__name__} does not have."
+            f"{nearest(unknown[0], vars(args))}"
+        )
     own = copy.copy(args)
     for name, value in stage.args.items():
         setattr(own, name, value)

@@ -98,7 +98,7 @@ def tuner_of(model: nn.Module) -> Tuner:
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
     active = model.active_adapters if isinstance(model.active_adapters, list) else [model.active_adapter]
-    config = configs[active[0]]
+    config = configs.get(active[0]) or next(iter(configs.values()))  # X-LoRA names the experts inside it
     if getattr(config, "target_modules", None) in (DUMMY_TARGET_MODULES, {DUMMY_TARGET_MODULES}):
         return Tuner("linear_probe", config, "peft")
     return Tuner(getattr(config.peft_type, "value", str(config.peft_type)).lower(), config, "peft")
@@ -109,3 +109,11 @@ def is_peft(model: nn.Module) -> bool:
     from peft import PeftMixedModel, PeftModel
 
     return isinstance(model, (PeftModel, PeftMixedModel))
+
+
+def prepends_tokens(model: nn.Module) -> bool:
+    """Whether the active tuner puts virtual tokens in front of the input (prefix tuning puts them beside it)."""
+    config: Any = tuner_of(model).config
+    if config is None or not getattr(config, "is_prompt_learning", False):
+        return False
+    return getattr(config.peft_type, "value", config.peft_type) != "PREFIX_TUNING"

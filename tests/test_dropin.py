@@ -8,7 +8,10 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib.metadata import version
+from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import peft
 import peft.tuners.lora
@@ -46,8 +49,8 @@ PEFT_MODULES = sorted(
 )
 
 
-def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+def run(code: str, cwd: Path | None = None) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -160,6 +163,119 @@ def test_either_may_be_imported_first(first: str) -> None:
     second = {"peft": "peft_plus", "peft_plus": "peft"}[first]
     code = f"import {first}.tuners.lora as a, {second}.tuners.lora as b; assert a is b; print(a.__spec__.name)"
     assert run(code) == "peft.tuners.lora"
+
+
+def test_deep_names() -> None:
+    from peft_plus.helpers import rescale_adapter_scale
+    from peft_plus.import_utils import is_bnb_available
+    from peft_plus.tuners.lora.layer import Linear
+    from peft_plus.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+
+    assert Linear is peft.tuners.lora.layer.Linear
+    assert issubclass(Linear, BaseTunerLayer)
+    assert is_bnb_available is peft.import_utils.is_bnb_available
+    assert rescale_adapter_scale.__module__ == "peft.helpers"
+    assert _maybe_include_all_linear_layers is peft.tuners.tuners_utils._maybe_include_all_linear_layers
+
+
+# --- Patching and reloading ---
+
+
+def test_patching_a_submodule_patches_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peft_plus.mapping, "PEFT_TYPE_TO_TUNER_MAPPING", {})
+    assert peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING == {}
+    layer = peft.tuners.lora.layer.Linear
+    with mock.patch("peft_plus.tuners.lora.layer.Linear.scale_layer") as patched:
+        assert layer.scale_layer is patched
+    assert layer.scale_layer is not patched
+
+
+@pytest.mark.parametrize("target", ["peft", "peft_plus"])
+def test_a_patch_of_a_name_leaves_no_trace(target: str) -> None:
+    original = peft.get_peft_model
+    with mock.patch(f"{target}.get_peft_model") as patched:
+        assert peft_plus.get_peft_model is patched
+    assert peft_plus.get_peft_model is peft.get_peft_model is original
+
+
+def test_reloading() -> None:
+    finders = list(sys.meta_path)
+    for module in (peft_plus, peft, peft_plus.helpers):
+        assert importlib.reload(module) is module
+    assert peft_plus.helpers is peft.helpers
+    assert peft_plus.LoraConfig is peft.LoraConfig
+    assert sys.meta_path == finders
+
+
+def test_the_version_is_our_own() -> None:
+    assert peft_plus.__version__ == version("peft-plus")
+    assert peft_plus.config.__version__ == version("peft")
+
+
+# --- In PEFT's place ---
+
+REPLACED = """
+import importlib, sys
+{substitute}
+
+import peft, peft_plus
+import peft.tuners.lora as lora, peft.helpers, peft.build, peft.tasks.seq_cls
+from peft import LoraConfig, PeftModel, config, get_peft_model, tuners
+from peft.utils.hotswap import hotswap_adapter
+from peft.utils import infer_device
+from importlib.metadata import version
+from importlib.util import find_spec
+from packaging.version import parse
+
+assert peft is peft_plus
+assert tuners.lora is lora is peft_plus.tuners.lora is sys.modules["peft.tuners.lora"]
+assert peft_plus.dropin.peft().tuners is tuners
+assert lora.__name__ == lora.__spec__.name == "peft.tuners.lora"
+assert LoraConfig is lora.LoraConfig and LoraConfig.__module__ == "peft.tuners.lora.config"
+assert peft.helpers.__spec__.origin.endswith("helpers.py")
+assert peft.helpers is peft_plus.helpers is importlib.import_module("peft_plus.helpers")
+assert peft.build is peft_plus.build and peft.tasks.seq_cls is peft_plus.tasks.seq_cls  # not a second copy of ours
+assert parse(peft.__version__) == parse(config.__version__) == parse(version("peft"))
+assert set(peft.__all__) > {{"LoraConfig", "get_model"}} and find_spec("peft.tuners.boft") is not None
+for name in ("peft.nowhere", "peft.tuners.nowhere"):
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        assert "nowhere" in str(error)
+    else:
+        raise AssertionError(name)
+
+# What others ask of PEFT is answered by the same objects.
+import torch, transformers
+from transformers import BertConfig, BertForSequenceClassification
+from transformers.trainer import _is_peft_model
+from transformers.utils import is_peft_available
+
+torch.manual_seed(0)
+shape = dict(vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+model = peft.get_model(BertForSequenceClassification(BertConfig(**shape)), ["lora", "llrd"])
+assert is_peft_available() and _is_peft_model(model) and isinstance(model, PeftModel)
+other = BertForSequenceClassification(BertConfig(**shape))
+other.add_adapter(LoraConfig())
+assert other.active_adapters() == ["default"]
+assert importlib.reload(peft) is sys.modules["peft"] is peft_plus
+print(len(peft_plus.registry.entries("tuner")) > 30)
+"""
+
+
+SUBSTITUTES = {
+    "before peft": "import peft_plus; sys.modules['peft'] = peft_plus",
+    "after peft": "import peft.tuners.lora, peft as theirs; import peft_plus; sys.modules['peft'] = peft_plus",
+    "by a file": "sys.path.insert(0, '.')",
+}
+
+
+@pytest.mark.parametrize("how", SUBSTITUTES)
+def test_we_may_be_put_in_peft_s_place(how: str, tmp_path: Path) -> None:
+    """As a crude substituter would: in `sys.modules`, at once or late, or by a file that is found before PEFT."""
+    (tmp_path / "peft.py").write_text("import sys, peft_plus\nsys.modules['peft'] = peft_plus\n")
+    folder = tmp_path if how == "by a file" else tmp_path.parent
+    assert run(REPLACED.format(substitute=SUBSTITUTES[how]), cwd=folder) == "True"
 
 
 # --- Lightness ---

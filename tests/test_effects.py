@@ -721,7 +721,8 @@ def test_a_rate_too_small_for_bf16_fails_the_run(tmp_path):
 
 def test_a_rate_of_zero_claims_nothing(tmp_path):
     model = get_model(tiny("bert"), "full")
-    trainer_of(model, "bert", "SEQ_CLS", tmp_path, max_steps=2, learning_rate=0.0).train()
+    at_rest = {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.0})}
+    trainer_of(model, "bert", "SEQ_CLS", tmp_path, max_steps=2, extra=at_rest).train()
     assert {row.steps for row in model.peft_plus.engagement["train"]} == {0}
 
 

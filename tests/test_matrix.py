@@ -32,6 +32,7 @@ PLUGINS: dict[str, dict[str, Any]] = {
     "llrd": {"decay": 0.9},
     "r3f": {"eps": 0.1},
     "lp_ft": {"probe_epochs": 1.0},
+    "length_buckets": {},
 }
 """The plugins, with settings that let a run of four steps show what they do."""
 
@@ -58,32 +59,32 @@ REASONS = {
 
 EXPECTED = {
     "SEQ_CLS": """
-        tuner          precision      none  gradual_unfreeze  llrd  r3f  lp_ft  all
-        lora           fp32,nf4,int8  +     +                 +     +    +      +
-        rslora         fp32,nf4,int8  +     +                 +     +    +      +
-        dora           fp32,nf4       +     +                 +     +    +      +
-        dora           int8           C     C                 C     C    C      C
-        ia3            fp32,nf4,int8  +     +                 +     +    +      +
-        prefix_tuning  fp32,nf4,int8  +     D                 D     +    +      +
-        prompt_tuning  fp32,nf4,int8  +     D                 D     +    +      +
-        p_tuning       fp32,nf4,int8  +     D                 D     +    +      +
-        linear_probe   fp32,nf4,int8  +     D                 D     +    H      +
-        full           fp32           +     +                 +     +    +      +
-        full           nf4,int8       Q     Q                 Q     Q    Q      Q
+        tuner          precision      none  gradual_unfreeze  llrd  r3f  lp_ft  length_buckets  all
+        lora           fp32,nf4,int8  +     +                 +     +    +      +               +
+        rslora         fp32,nf4,int8  +     +                 +     +    +      +               +
+        dora           fp32,nf4       +     +                 +     +    +      +               +
+        dora           int8           C     C                 C     C    C      C               C
+        ia3            fp32,nf4,int8  +     +                 +     +    +      +               +
+        prefix_tuning  fp32,nf4,int8  +     D                 D     +    +      +               +
+        prompt_tuning  fp32,nf4,int8  +     D                 D     +    +      +               +
+        p_tuning       fp32,nf4,int8  +     D                 D     +    +      +               +
+        linear_probe   fp32,nf4,int8  +     D                 D     +    H      +               +
+        full           fp32           +     +                 +     +    +      +               +
+        full           nf4,int8       Q     Q                 Q     Q    Q      Q               Q
     """,
     "CAUSAL_LM": """
-        tuner          precision      none  gradual_unfreeze  llrd  r3f  lp_ft  all
-        lora           fp32,nf4,int8  +     +                 +     +    P      +
-        rslora         fp32,nf4,int8  +     +                 +     +    P      +
-        dora           fp32,nf4       +     +                 +     +    P      +
-        dora           int8           C     C                 C     C    C      C
-        ia3            fp32,nf4,int8  +     +                 +     +    P      +
-        prefix_tuning  fp32,nf4,int8  +     D                 D     +    P      +
-        prompt_tuning  fp32,nf4,int8  +     D                 D     +    P      +
-        p_tuning       fp32,nf4,int8  +     D                 D     +    P      +
-        linear_probe   fp32,nf4,int8  +     D                 D     +    PH     +
-        full           fp32           +     +                 +     +    P      +
-        full           nf4,int8       Q     Q                 Q     Q    Q      Q
+        tuner          precision      none  gradual_unfreeze  llrd  r3f  lp_ft  length_buckets  all
+        lora           fp32,nf4,int8  +     +                 +     +    P      +               +
+        rslora         fp32,nf4,int8  +     +                 +     +    P      +               +
+        dora           fp32,nf4       +     +                 +     +    P      +               +
+        dora           int8           C     C                 C     C    C      C               C
+        ia3            fp32,nf4,int8  +     +                 +     +    P      +               +
+        prefix_tuning  fp32,nf4,int8  +     D                 D     +    P      +               +
+        prompt_tuning  fp32,nf4,int8  +     D                 D     +    P      +               +
+        p_tuning       fp32,nf4,int8  +     D                 D     +    P      +               +
+        linear_probe   fp32,nf4,int8  +     D                 D     +    PH     +               +
+        full           fp32           +     +                 +     +    P      +               +
+        full           nf4,int8       Q     Q                 Q     Q    Q      Q               Q
     """,
 }
 """Task → its table: `+` works, letters are reasons of a refusal (the first is what the error says)."""

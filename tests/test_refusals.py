@@ -126,7 +126,7 @@ METHODS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "decay is not a number": ({"lora": {}, "llrd": {"decay": NAN}}, ("decay=nan", "(0, 1]")),
     "every is misspelt": (
         {"lora": {}, "gradual_unfreeze": {"every": "epok"}},
-        ("plugin 'gradual_unfreeze' (peft-plus-freezing ", "every='epok'", "'epoch' or int"),
+        ("plugin 'gradual_unfreeze' (peft-plus-freezing ", "every='epok'", "'epoch' or 'stall' or int"),
     ),
     "every is zero": ({"lora": {}, "gradual_unfreeze": {"every": 0}}, ("every=0", "≥ 1")),
     "eps is infinite": ({"lora": {}, "r3f": {"eps": INF}}, ("plugin 'r3f'", "eps=inf", "> 0")),

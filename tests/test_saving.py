@@ -22,7 +22,7 @@ from transformers import TrainingArguments
 
 import peft_plus
 from peft_plus import Trainer, attach, get_model, load_thawed
-from peft_plus.checkpoint import fingerprint
+from peft_plus.saving import fingerprint
 from peft_plus.tasks.seq_cls import SequenceClassification
 from peft_plus_freezing.gradual_unfreeze import GradualUnfreeze
 from tests.models import batch, tiny
@@ -76,11 +76,12 @@ def test_record(tmp_path: Path) -> None:
     assert record == {
         "format": 1,
         "tuner": "lora",
+        "tuner_origin": f"peft {version('peft')}",
         "plugins": [
             {
                 "name": "gradual_unfreeze",
                 "origin": f"peft-plus-freezing {version('peft-plus-freezing')}",
-                "settings": {"every": 3},
+                "settings": GradualUnfreeze(every=3).settings(),
             },
             {
                 "name": "llrd",
@@ -93,6 +94,7 @@ def test_record(tmp_path: Path) -> None:
         "base": {
             "name_or_path": str(tmp_path / "base"),
             "class": "BertForSequenceClassification",
+            "dtype": "float32",
             "fingerprint": fingerprint(model),
         },
         "trained_parameters": sum(t.numel() for t in model.parameters() if t.requires_grad),

@@ -7,7 +7,11 @@ from typing import Any
 from transformers import TrainingArguments
 
 
-def quiet(folder: Any, **settings: Any) -> TrainingArguments:
-    """TrainingArguments that write only into `folder`; `settings` come last and win."""
+def quiet(folder: Any, *, kind: type[TrainingArguments] = TrainingArguments, **settings: Any) -> Any:
+    """TrainingArguments that write only into `folder`; `settings` come last and win.
+
+    Args:
+        kind: a subclass, such as TRL's configs.
+    """
     silence = {"report_to": [], "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
-    return TrainingArguments(str(folder), **{**silence, **settings})
+    return kind(str(folder), **{**silence, **settings})

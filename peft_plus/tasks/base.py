@@ -37,6 +37,8 @@ class Task(ABC):
         num_labels: None; a setting (≥ 1) in the tasks whose head has classes or regression targets.
     Attributes:
         tokenizer: the one that `preprocess` was last given; the Trainer bridge makes the default collator from it.
+        virtual_tokens: whether the model's tuner puts tokens in front of the input, the last of which then predicts
+            a row's first label.
     """
 
     name: ClassVar[str]
@@ -46,6 +48,7 @@ class Task(ABC):
     num_labels: ClassVar[int | None] = None
 
     tokenizer: Any = field(init=False, default=None, repr=False, compare=False)
+    virtual_tokens: bool = field(init=False, default=False, repr=False, compare=False)
 
     @classmethod
     def from_config(cls, config: PretrainedConfig) -> Task:
@@ -55,6 +58,11 @@ class Task(ABC):
     def settings(self) -> dict[str, Any]:
         """Name → value of every setting."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+
+    @property
+    def predicts_next(self) -> bool:
+        """Whether the model's own loss compares logits[t] with labels[t + 1], as causal language models' do."""
+        return False
 
     @property
     def label_names_in_use(self) -> list[str] | None:

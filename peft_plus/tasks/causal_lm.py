@@ -54,6 +54,11 @@ class CausalLM(Task):
         if self.text is not None and (self.prompt is not None or self.completion is not None):
             raise ValueError(f"{self.name}: rows are either `text` or `prompt` + `completion`, not both.")
 
+    @property
+    def predicts_next(self) -> bool:
+        """True."""
+        return True
+
     def auto_class(self, config: PretrainedConfig) -> type:
         """AutoModelForCausalLM."""
         from transformers import AutoModelForCausalLM
@@ -109,8 +114,8 @@ class CausalLM(Task):
         return DataCollatorForSeq2Seq(tokenizer)
 
     def count(self, batch: Mapping[str, Any]) -> Tensor | int:
-        """Labels but the first of each row, which nothing predicts; or all `shift_labels`."""
-        return shifted_count(batch, self.name)
+        """Labels but the first of each row, which only a virtual token could predict; or all `shift_labels`."""
+        return shifted_count(batch, self.name, virtual=self.virtual_tokens)
 
     def loss(self, output: Any, batch: Mapping[str, Any]) -> LossTerm:
         """Mean × count. Under virtual tokens the model also counts a row's first label, and so does this."""

@@ -36,6 +36,11 @@ class GenericTask(Task):
         """Raises ValueError: a config does not tell a task."""
         raise ValueError('a config alone does not tell the task. Name it: `task="SEQ_CLS"`, …')
 
+    @property
+    def predicts_next(self) -> bool:
+        """As the model's own loss does."""
+        return self.shifts_labels
+
     def auto_class(self, config: PretrainedConfig) -> type:
         """Raises ValueError."""
         self._refuse("a model class")
@@ -56,7 +61,7 @@ class GenericTask(Task):
         """Labels that are not −100, but the first of each row where the model shifts; float labels: every number."""
         labels = self._labels(batch)
         if self.shifts_labels:
-            return shifted_count(batch, "")
+            return shifted_count(batch, "", virtual=self.virtual_tokens)
         return labels.numel() if labels.is_floating_point() else (labels != IGNORED).sum()
 
     def loss(self, output: Any, batch: Mapping[str, Any]) -> LossTerm:

@@ -17,9 +17,16 @@ def infer_task(model: nn.Module) -> Task:
     Args:
         model: a transformers model, a PeftModel over one, or any module.
     """
+    from ..tuning import prepends_tokens
+
+    task = _told_by(transformers_model(model))
+    task.virtual_tokens = prepends_tokens(model)
+    return task
+
+
+def _told_by(base: Any) -> Task:
     from ..registry import entries, load
 
-    base = transformers_model(model)
     config = getattr(base, "config", None)
     # Masked last: BART is one class for both MASKED_LM and SEQ_2_SEQ_LM, and the second is what it generates with.
     known = sorted(entries("task").values(), key=lambda entry: entry.name == "MASKED_LM") if config is not None else []

@@ -1,0 +1,26 @@
+"""LoRA on T5, with Seq2SeqTrainer."""
+
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, set_seed
+
+from examples.coming_from_peft.small import base, pairs
+
+set_seed(0)
+tokenizer = AutoTokenizer.from_pretrained(base("t5"))
+data = pairs().map(lambda row: tokenizer(row["source"], text_target=row["target"]), remove_columns=["source", "target"])
+
+model = AutoModelForSeq2SeqLM.from_pretrained(base("t5"))
+model = get_peft_model(model, LoraConfig(task_type="SEQ_2_SEQ_LM", r=8))
+
+args = Seq2SeqTrainingArguments(
+    "out",
+    num_train_epochs=2,
+    per_device_train_batch_size=4,
+    learning_rate=1e-2,
+    save_strategy="no",
+    report_to="none",
+)
+collator = DataCollatorForSeq2Seq(tokenizer, model)
+Seq2SeqTrainer(model, args, train_dataset=data, data_collator=collator).train()
+model.save_pretrained("adapter")

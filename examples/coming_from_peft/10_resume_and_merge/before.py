@@ -1,0 +1,29 @@
+"""Going on from a checkpoint; then saving, loading on a fresh base, and merging."""
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments, set_seed
+
+from examples.coming_from_peft.small import base, reviews
+
+tokenizer = AutoTokenizer.from_pretrained(base("bert"))
+data = reviews().map(lambda row: tokenizer(row["text"]), remove_columns="text")
+args = TrainingArguments(
+    "out", num_train_epochs=2, per_device_train_batch_size=4, learning_rate=1e-2, save_steps=3, report_to="none"
+)
+
+
+def fresh():
+    set_seed(0)
+    return AutoModelForSequenceClassification.from_pretrained(base("bert"), num_labels=2)
+
+
+model = get_peft_model(fresh(), LoraConfig(task_type="SEQ_CLS", r=8))
+Trainer(model, args, train_dataset=data, processing_class=tokenizer).train()  # imagine that this was cut off …
+
+model = get_peft_model(fresh(), LoraConfig(task_type="SEQ_CLS", r=8))
+trainer = Trainer(model, args, train_dataset=data, processing_class=tokenizer)
+trainer.train(resume_from_checkpoint="out/checkpoint-3")  # … and is taken up again
+model.save_pretrained("adapter")
+
+model = PeftModel.from_pretrained(fresh(), "adapter").merge_and_unload()
+model.save_pretrained("merged")

@@ -1,0 +1,301 @@
+"""What happens at each event of a training run, whoever owns the loop: Trainer, TRL or a bare Accelerate loop."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from . import proof
+from .ask import ask
+from .compose import Plan, who
+from .distributed import plain_parameters
+from .divergence import StepParts, check_scaler, check_update
+from .effects import Effects
+from .errors import EngagementError, MethodError, PluginError, TrainingError
+from .plugin import Plugin, Run
+from .stages import Stage
+from .state_files import check_state
+from .timeline import Change, label
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """One stage of one model.
+
+    A loop makes it before the optimizer, and then calls, in this order: `adopt` the optimizer; `begin`; for each
+    optimizer step `step_begin`, for each of its micro-batches `before_forward`, the loss, `after_forward`, the
+    backward and `after_backward`, then `before_update`, `optimizer.step()`, `after_update` and `step_end`; at the end
+    `prove`, and in any case `close`.
+
+    Args:
+        model: the model as built, not wrapped.
+        plan: what hangs on it.
+        stage: the stage that will run.
+    """
+
+    run: Run
+
+    def __init__(self, model: nn.Module, plan: Plan, stage: Stage) -> None:
+        self.model, self.plan, self.stage = model, plan, stage
+        self.effects = Effects(model, plan, stage)
+        self.effects.open()
+        self._last_metrics: Mapping[str, float] = {}
+        self._last_evaluation_step: int | None = None
+        self._watch: proof.Engagement | None = None
+        self._restore_rates: Callable[[], None] | None = None
+        self._constant: set[str] = set()  # loss terms without a gradient that were told of
+        self._skipped = 0
+
+    def adopt(self, optimizer: Optimizer, *, scheduled: bool = False) -> None:
+        """Split a fresh optimizer's groups by rate. See `Effects.group`."""
+        self.effects.group(optimizer, scheduled=scheduled)
+
+    def begin(
+        self,
+        *,
+        step: int,
+        max_steps: int,
+        steps_per_epoch: int,
+        optimizer: Any,
+        lr: float,
+        seed: int,
+        batch_size: int = 0,
+        processes: int = 1,
+        watch: bool = True,
+    ) -> None:
+        """Training starts, or goes on at `step`: freeze what is frozen there, and `watch` what moves."""
+        plan = self.plan
+        self.effects.rebind(self.model)
+        self.run = Run(
+            model=self.model,
+            task=plan.task,
+            num_blocks=plan.layers.num_blocks,
+            depths=self.effects.depths,
+            stages=plan.stages,
+            stage=self.stage,
+            step=step,
+            max_steps=max_steps,
+            steps_per_epoch=steps_per_epoch,
+            optimizer=optimizer,
+            base_lr=lr,
+            seed=seed,
+            batch_size=batch_size,
+            processes=processes,
+            last_metrics=self._last_metrics,
+            last_evaluation_step=self._last_evaluation_step,
+        )
+        if watch:
+            self._begin_watch()
+        never = self.effects.never_trained(self.run)
+        if never:
+            names = ", ".join(label(g, plan.layers.num_blocks) for g in sorted(never, reverse=True))
+            logger.warning("In these %d steps the schedule never trains: %s.", max_steps, names)
+        self._check_states()
+        if not self._changes():
+            self.effects.recall(self.run)
+        self.effects.apply(self.run)
+
+    def _check_states(self) -> None:
+        """Raise PluginError where a plugin's state could not be saved: now rather than at the first checkpoint."""
+        for plugin in self.plan.active(self.stage):
+            label = who(plugin, self.plan.origins)
+            state = ask(plugin, "state_dict")
+            if not isinstance(state, Mapping):
+                raise PluginError(f"{label}: state_dict returned {state!r}; expected a mapping, {{}} for no state.")
+            try:
+                check_state(dict(state), label)
+            except TypeError as error:
+                raise PluginError(f"Its checkpoints could not be saved: {error}") from error
+
+    def _begin_watch(self) -> None:
+        params = self.plan.params
+        self._watch = proof.Engagement(
+            plain_parameters(self.model),
+            lambda name: (params[name].depth, params[name].part) if name in params else None,
+        )
+        broken = self._watch.broken()
+        if broken:
+            raise TrainingError(
+                f"{len(broken)} parameters that train hold NaN or infinite values before the first step, e.g. "
+                f"{broken[0]!r}: their file is broken, or an earlier run ruined them. Load whole ones."
+            )
+
+    def step_begin(self, step: int) -> None:
+        """`step` optimizer steps are finished and the next one begins."""
+        self.run.step = step
+        self.effects.apply(self.run)
+
+    def before_forward(self) -> None:
+        """Once the model is in train mode, before each micro-batch."""
+        self.effects.hold()
+        self.effects.rest()
+
+    def after_forward(self) -> None:
+        """Between all passes of a micro-batch and its backward."""
+        self.effects.hold()
+
+    def after_backward(self) -> None:
+        """After each micro-batch, before the gradients' norm is taken."""
+        self.effects.drop_frozen_gradients()
+
+    def check_terms(self, parts: StepParts, device: torch.device) -> None:
+        """After the plugins were asked for their loss terms, before these are added.
+
+        Args:
+            device: of the task's loss.
+        Raises:
+            PluginError: a term lies elsewhere, or carries no gradient though everything trains.
+        """
+        for name, term in parts.losses[-1].items():
+            if term.device != device:
+                raise PluginError(
+                    f"{parts.owners[name]}: the loss term {name!r} is on {term.device}, the task's loss on {device}. "
+                    "Compute it from the batch and the output that loss_terms is given."
+                )
+        for name in parts.constant - self._constant:
+            text = f"{parts.owners[name]}: the loss term {name!r} carries no gradient at step {self.run.step}"
+            if not self.effects.flips:
+                raise PluginError(
+                    f"{text}, so it changes nothing. Compute it from the output, without detach() or no_grad(); "
+                    "return {} where there is nothing to add."
+                )
+            logger.warning("%s: it uses nothing that trains now.", text)
+        self._constant |= parts.constant
+
+    def check_update(self, norm: Any, parts: StepParts) -> None:
+        """Once the gradients of a step are whole, before `before_update`. Not where a gradient scaler looks itself.
+
+        Args:
+            norm: of all gradients.
+        Raises:
+            TrainingError: it is no finite number.
+        """
+        optimizer: Any = self.run.optimizer
+        rate = max((float(group["lr"] or 0.0) for group in optimizer.param_groups), default=0.0)
+        check_update(norm, parts, self.model, step=self.run.step, rate=rate)
+
+    def before_update(self) -> None:
+        """Right before `optimizer.step()`."""
+        self.effects.drop_frozen_gradients()
+        optimizer: Any = self.run.optimizer
+        self._restore_rates = self.effects.scale_rates(optimizer, self.run)
+        if self._watch is None:
+            return
+        moving = [group for group in optimizer.param_groups if group["lr"] is None or float(group["lr"]) > 0]
+        ids = {id(tensor) for group in moving for tensor in group["params"]}
+        tensors = self.effects.tensors.items()
+        self._watch.count(name for name, tensor in tensors if id(tensor) in ids and self.effects.trains(name))
+
+    def after_update(self, *, skipped: bool = False) -> None:
+        """Right after `optimizer.step()`: schedulers must find the rate that they left.
+
+        Args:
+            skipped: whether a gradient scaler found an overflow, and nothing was updated.
+        """
+        if self._restore_rates is not None:
+            self._restore_rates()
+            self._restore_rates = None
+        self._skipped = self._skipped + 1 if skipped else 0
+        check_scaler(self._skipped, step=self.run.step)
+
+    @property
+    def updating(self) -> bool:
+        """Whether an update is under way, so that the weights may be half old and half new."""
+        return self._restore_rates is not None
+
+    def step_end(self, step: int) -> None:
+        """`step` optimizer steps are finished, and nothing of the last one was logged, evaluated or saved yet."""
+        self.run.step = step
+        for plugin in self.plan.active(self.stage):
+            if "on_step_end" in plugin.hooks():
+                ask(plugin, "on_step_end", self.run)
+
+    def evaluated(self, metrics: Mapping[str, float]) -> None:
+        """An evaluation returned. Those of several datasets at one step count as one."""
+        same = self.run.last_evaluation_step == self.run.step
+        numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, Real)}
+        self.run.last_metrics = {**(self.run.last_metrics if same else {}), **numbers}
+        self.run.last_evaluation_step = self.run.step
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this stage, as plain values and tensors."""
+        return {
+            "plugins": {p.name: dict(ask(p, "state_dict")) for p in self.plan.active(self.stage)},
+            "last_metrics": dict(self.run.last_metrics),
+            "last_evaluation_step": self.run.last_evaluation_step,
+            "timeline": [[c.step, c.max_steps, sorted(map(list, c.groups))] for c in self._changes()],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what `state_dict` gave, before `begin`.
+
+        Raises:
+            MethodError: the state is of other plugins.
+            PluginError: a plugin does not take its state back.
+        """
+        plugins = {p.name: p for p in self.plan.active(self.stage)}
+        if plugins.keys() != state["plugins"].keys():
+            raise MethodError(
+                f"The checkpoint holds the state of the plugins {sorted(state['plugins'])}, this run has "
+                f"{sorted(plugins)}. Resume with the same method."
+            )
+        for name, own in state["plugins"].items():
+            ask(plugins[name], "load_state_dict", own)
+        self._last_metrics = dict(state["last_metrics"])
+        self._last_evaluation_step = state["last_evaluation_step"]
+        others = [change for change in self.plan.timeline if change.stage != self.stage.name]
+        self.plan.timeline[:] = others + [
+            Change(self.stage.name, step, max_steps, frozenset((depth, part) for depth, part in groups))
+            for step, max_steps, groups in state["timeline"]
+        ]
+
+    def _changes(self) -> list[Change]:
+        return [change for change in self.plan.timeline if change.stage == self.stage.name]
+
+    def prove(self, save: Callable[[], str] | None) -> None:
+        """Compare what was declared with what moved. Once; a second call does nothing.
+
+        Args:
+            save: saves the weights as they are and returns where; called before an error is raised. None where the
+                loop is the user's, who still has the model.
+        Raises:
+            EngagementError: a declared group never moved, a frozen tensor did, or a tensor is not finite any more.
+        """
+        if self._watch is None:
+            return
+        watch, self._watch = self._watch, None
+        rows, strays = watch.finish()
+        blocks = self.plan.layers.num_blocks
+        self.plan.engagement[self.stage.name] = rows
+        logger.info("What trained in stage %r:\n%s", self.stage.name, proof.table(rows, blocks))
+        try:
+            proof.check(rows, strays, blocks, watch.ruined())
+        except EngagementError as error:
+            if save is None:
+                raise
+            raise EngagementError(f"{error} The weights as they are were saved in {save()!r}.") from None
+
+    def close(self) -> None:
+        """Give the model back as `get_model` made it: every parameter of the plan trainable."""
+        self.effects.close()
+
+    @property
+    def term_plugins(self) -> list[Plugin]:
+        """The plugins of this stage that add to the loss."""
+        return [p for p in self.plan.active(self.stage) if "loss_terms" in p.hooks()]
+
+    def no_gradient(self) -> MethodError:
+        """The error for a loss that needs nothing of what trains at this step."""
+        groups = sorted(self.effects.groups(self.effects.trains), reverse=True)
+        now = ", ".join(label(group, self.plan.layers.num_blocks) for group in groups) or "nothing"
+        return MethodError(
+            f"At step {self.run.step} only {now} may train, and the loss uses none of it. "
+            "Let something that it uses train from the start, or use another loss."
+        )

@@ -1,0 +1,512 @@
+"""Plugins, exact loss scale and resume for a bare Accelerate loop, which stays the user's own."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.data_loader import skip_first_batches
+from accelerate.scheduler import AcceleratedScheduler
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from . import session_checkpoint
+from .arguments import plan_in, plan_of
+from .compose import Plan
+from .data_columns import check_columns
+from .data_limits import check_batch, limits_of
+from .distributed import check_accelerator, flipping
+from .divergence import gradient_norm
+from .effects import check_without_epochs
+from .engine import Engine
+from .epoch_data import Keyed, StreamCollate, check_settings, epoch_loader
+from .errors import DataError, MethodError
+from .named_rows import Collate, Rows, hands_on
+from .random_state import rng_state, set_rng_state
+from .sampling import order
+from .stages import Stage
+from .step_loss import StepLoss
+from .tasks.base import own_loss
+
+
+class Session:
+    """Runs a model's plan inside a loop that you write.
+
+    ```python
+    session = Session(model, accelerator, epochs=3)
+    optimizer = session.optimizer(torch.optim.AdamW, lr=1e-3)
+    loader = session.loader(train, batch_size=16, collate_fn=collate)
+    for batch in session.batches(loader):
+        with accelerator.accumulate(session.model):
+            accelerator.backward(session.loss(batch))
+            optimizer.step()
+            optimizer.zero_grad()
+    ```
+
+    Args:
+        model: from `get_model` or `attach`; one that plain PEFT made gets a plan without plugins.
+        accelerator: yours; its `gradient_accumulation_steps` is the number of micro-batches in a step.
+        epochs: passes over the data, whole or not; not needed with `max_steps`.
+        max_steps: optimizer steps; counts before `epochs`.
+        seed: of the order of the data, of random collators and of the plugins' noise.
+        stage: which of the plan's stages to run, by name; needed where there are several.
+    Attributes:
+        model: for the loop's forward passes: what `accelerator.prepare` made of it, once `optimizer` was called.
+        step: finished optimizer steps.
+        epoch: finished passes over the data.
+        end_of_epoch: whether the batch in hand is the last one of its epoch.
+    Raises:
+        MethodError: the plan cannot run here; says what to change.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        accelerator: Accelerator,
+        *,
+        epochs: float | None = None,
+        max_steps: int | None = None,
+        seed: int = 42,
+        stage: str | None = None,
+    ) -> None:
+        if not isinstance(accelerator, Accelerator):
+            raise MethodError(f"Session(model, accelerator): accelerator is {accelerator!r}, not an Accelerator.")
+        if epochs is None and max_steps is None:
+            raise MethodError("Say how long to train: Session(model, accelerator, epochs=3), or max_steps=1000.")
+        for name, value in (("epochs", epochs), ("max_steps", max_steps)):
+            if value is not None and not value > 0:
+                raise MethodError(f"{name}={value}: give a number > 0.")
+        self.accelerator, self.bare_model, self.model, self.seed = accelerator, model, model, seed
+        self.step, self.epoch, self.end_of_epoch = 0, 0, False
+        self.optimizers: list[Any] = []
+        self.schedulers: list[Any] = []
+        self.epoch_steps = 0  # finished steps of the epoch at work
+        self.examples: int | None = None
+        self.batch_size = 0  # of a micro-batch
+        self.random_state: Any = None  # to go on with, after a resume
+        self._epochs, self._max_steps, self._steps_per_epoch = epochs, max_steps, 0
+        self._data: Keyed | None = None
+        self._rows: Rows | None = None
+        self._taken = 0  # batches of the epoch at work
+        self._collate: Collate | None = None
+        self._judged = False  # whether the labels were compared with what the model takes
+        self._sampler: Any = None
+        self._window: list[Any] = []
+        self._updated = self._running = False
+        self._after_save: Any = None
+        plan = _plan_of(model)
+        self.stage = _stage_of(plan, stage)
+        if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+            raise MethodError(
+                f"Session does not drive {accelerator.distributed_type.value}, which owns optimizer and backward "
+                "itself. Use peft_plus.Trainer there."
+            )
+        check_accelerator(plan, model, accelerator)
+        self.engine = Engine(model, plan, self.stage)
+        self._loss = StepLoss(
+            model,
+            plan.task,
+            gather=lambda numbers: accelerator.gather(numbers.to(accelerator.device)[None]).cpu(),  # type: ignore[union-attr]
+            processes=accelerator.num_processes,
+            rank=accelerator.process_index,
+        )
+
+    @property
+    def plan(self) -> Plan:
+        """The model's plan."""
+        return self.engine.plan
+
+    @property
+    def max_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        if self._max_steps is not None:
+            return self._max_steps
+        if not self._steps_per_epoch:
+            raise MethodError("How many steps the epochs have is known after session.loader(…): call it before.")
+        assert self._epochs is not None
+        return math.ceil(self._epochs * self._steps_per_epoch)
+
+    # ---- what the loop is made of ----------------------------------------------------------------------------------
+
+    def optimizer(self, optimizer_class: Callable[..., torch.optim.Optimizer], **settings: Any) -> Any:
+        """The optimizer over everything that may ever train, prepared; `session.model` is ready after it.
+
+        Args:
+            optimizer_class: e.g. `torch.optim.AdamW`.
+            settings: its settings; `params` for groups of your own, which must hold all that may train.
+        """
+        if self.optimizers:
+            raise MethodError("This session has its optimizer already; another run needs another Session.")
+        params = settings.pop("params", None)
+        everything = list(self.engine.effects.tensors.values())
+        optimizer = optimizer_class(everything if params is None else params, **settings)
+        self.engine.adopt(optimizer)
+        self._let_ddp_wait_for_nothing()
+        self.model, prepared = self.accelerator.prepare(self.bare_model, optimizer)
+        optimizer.register_step_pre_hook(lambda *_: self._before_update())
+        optimizer.register_step_post_hook(lambda *_: self._after_update())
+        self._base_lr = float(optimizer.param_groups[0]["lr"] or 0.0)
+        self.optimizers.append(prepared)
+        return prepared
+
+    def _let_ddp_wait_for_nothing(self) -> None:
+        """A frozen parameter gets no gradient, and DDP would wait for it for ever."""
+        if flipping(self.plan) is None or self.accelerator.num_processes == 1:
+            return
+        accelerator: Any = self.accelerator
+        handler = accelerator.ddp_handler or DistributedDataParallelKwargs()
+        if handler.static_graph:
+            raise MethodError(
+                "DistributedDataParallelKwargs(static_graph=True) promises DDP that the same parameters get gradients "
+                "in each step, and this plan freezes some. Leave it out."
+            )
+        handler.find_unused_parameters = True
+        accelerator.ddp_handler = handler
+
+    def scheduler(self, scheduler: str | Callable[..., Any], **settings: Any) -> Any:
+        """A learning-rate scheduler that counts optimizer steps. Step it in each turn of the loop, as ever.
+
+        Args:
+            scheduler: a name that `transformers.get_scheduler` knows (`"linear"`, `"cosine"`, …; `num_training_steps`
+                is filled in), or a function from the optimizer to a scheduler, e.g. a class of
+                `torch.optim.lr_scheduler`.
+            settings: its settings, e.g. `num_warmup_steps=100`.
+        """
+        if not self.optimizers:
+            raise MethodError("Call session.optimizer(…) first: a scheduler needs it.")
+        inner = self.optimizers[0].optimizer
+        if isinstance(scheduler, str):
+            from transformers import get_scheduler
+
+            known: dict[str, Any] = {"num_warmup_steps": 0, "num_training_steps": self.max_steps}
+            made = get_scheduler(scheduler, inner, **(known | settings))
+        else:
+            made = scheduler(inner, **settings)
+        # One step of it for each step of the optimizer, however many processes share that.
+        prepared = AcceleratedScheduler(made, self.optimizers[0], step_with_optimizer=True, split_batches=True)
+        self.schedulers.append(prepared)
+        return prepared
+
+    def loader(
+        self,
+        dataset: Any,
+        batch_size: int,
+        *,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        shuffle: bool = True,
+        **settings: Any,
+    ) -> Any:
+        """The training data, prepared, in an order that a resumed run finds again.
+
+        Args:
+            dataset: map-style, or iterable (which then brings its own order).
+            batch_size: rows of a micro-batch on one process.
+            collate_fn: a list of rows → a batch; by default the task's, with the tokenizer that preprocessed the data.
+            shuffle: another order in each epoch, unless a plugin sets the order.
+            settings: for the DataLoader, e.g. `num_workers`, `drop_last`.
+        Raises:
+            MethodError: a setting that a resumed run could not repeat.
+            DataError: no data, or token ids that the model does not have.
+        """
+        if isinstance(dataset, DataLoader):
+            raise MethodError(
+                "session.loader takes the dataset, not a DataLoader, whose order a resumed run could not find again: "
+                "session.loader(dataset, batch_size=…, collate_fn=…)."
+            )
+        if hasattr(dataset, "__len__") and len(dataset) == 0:
+            raise DataError("The training data are empty: session.loader was given a dataset without rows.")
+        self.batch_size = batch_size
+        sized = hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
+        self._rows = Rows(dataset, "dataset") if sized else None
+        ids = limits_of(self.bare_model, self.plan.task, own_loss=True)  # the labels may be meant for your own loss
+        collate, accelerator = collate_fn or self._default_collate(), self.accelerator
+        if hands_on(collate):
+            check_columns(dataset, ids, "dataset")
+        collate = self._collate = Collate(collate, ids, self._rows, "dataset")
+        wanted = order(
+            self.plan,
+            self.stage,
+            self.bare_model,
+            dataset,
+            seed=self.seed,
+            batch_size=batch_size,
+            processes=accelerator.num_processes,
+        )
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            check_settings(settings)
+            if self._max_steps is None:
+                raise MethodError("The data have no length, so epochs cannot be counted: give Session max_steps=.")
+            check_without_epochs(self.plan, self.stage, self.bare_model, self._max_steps)
+            self._data = StreamCollate(collate, seed=self.seed, rank=accelerator.process_index)
+            return accelerator.prepare(DataLoader(dataset, batch_size, collate_fn=self._data, **settings))
+        loader = epoch_loader(
+            self._rows,
+            batch_size=batch_size,
+            collate=collate,
+            order=wanted,
+            shuffle=shuffle,
+            seed=self.seed,
+            rank=accelerator.process_index,
+            **settings,
+        )
+        self._data, self._sampler, self.examples = loader.dataset, loader.sampler, len(dataset)  # type: ignore[assignment]
+        prepared = accelerator.prepare(loader)
+        self._steps_per_epoch = math.ceil(len(prepared) / accelerator.gradient_accumulation_steps)
+        return prepared
+
+    def _default_collate(self) -> Callable[[list[Any]], Any]:
+        task = self.plan.task
+        if task.tokenizer is not None and task.name:
+            return task.collator(task.tokenizer, self.bare_model)
+        from transformers import default_data_collator
+
+        return default_data_collator
+
+    # ---- the loop --------------------------------------------------------------------------------------------------
+
+    def batches(self, loader: Any) -> Iterator[Any]:
+        """Every micro-batch from where the run stands to its end, over all epochs.
+
+        The body of the loop works on one micro-batch, as in the example above. When the last step is done, what was
+        declared is compared with what moved.
+
+        Raises:
+            MethodError: the optimizer was not stepped at the end of a step, or was in the middle of one.
+            EngagementError: what trained is not what was declared.
+        """
+        if not self.optimizers:
+            raise MethodError("Call session.optimizer(…) before session.batches(…).")
+        if self._running:
+            raise MethodError("session.batches(…) is running already.")
+        state, self._running = self.accelerator.gradient_state, True
+        before = state.plugin_kwargs
+        # Which micro-batch ends a step is known here, also where the batches of a step were fetched ahead.
+        state.plugin_kwargs = {**before, "sync_with_dataloader": False}
+        # Whole: a fresh PeftModel says that it trains while the base inside it is in eval mode, as it was loaded.
+        self.model.train()
+        try:
+            self.engine.begin(
+                step=self.step,
+                max_steps=self.max_steps,
+                steps_per_epoch=self._steps_per_epoch,
+                optimizer=self.optimizers[0].optimizer,
+                lr=self._base_lr,
+                seed=self.seed,
+                batch_size=self.batch_size,
+                processes=self.accelerator.num_processes,
+            )
+            while self.step < self.max_steps:
+                start = self.step
+                yield from self._one_epoch(loader)
+                if self.step == start:
+                    raise MethodError(f"The loader gave no batch in epoch {self.epoch}, after {self.step} steps.")
+            self.engine.prove(None)
+        finally:
+            state.plugin_kwargs = before
+            self._running = False
+            self.engine.close()
+
+    def _one_epoch(self, loader: Any) -> Iterator[Any]:
+        accumulation = self.accelerator.gradient_accumulation_steps
+        first = self.epoch_steps * accumulation
+        source = skip_first_batches(loader, first) if first else loader
+        parts: list[Any] = [source, self._sampler]
+        for part in parts:
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(self.epoch)
+        if self._data is not None:
+            self._data.begin(self.epoch, first)
+        if self._rows is not None:
+            self._rows.begin()
+        self._taken = 0
+        if not first:
+            self._restore()
+        iterator = iter(source)
+        while self.step < self.max_steps and (window := list(islice(iterator, accumulation))):
+            self._restore()  # beginning in the middle of an epoch may have drawn random numbers
+            yield from self._one_step(window, getattr(source, "end_of_dataloader", False))
+        if self.end_of_epoch:
+            self.epoch, self.epoch_steps = self.epoch + 1, 0
+
+    def _restore(self) -> None:
+        if self.random_state is not None:
+            set_rng_state(self.random_state)
+            self.random_state = None
+
+    def _one_step(self, window: list[Any], ends_epoch: bool) -> Iterator[Any]:
+        accumulation, step = self.accelerator.gradient_accumulation_steps, self.step
+        self._window, self._updated = window, False
+        self._taken += len(window)
+        self._loss.begin(window, micro_batches=accumulation)
+        self.engine.step_begin(step)
+        for place, batch in enumerate(window):
+            last = place == len(window) - 1
+            self.end_of_epoch = last and ends_epoch
+            self.accelerator.step = accumulation - 1 if last else 0  # so that `accumulate` syncs after the last one
+            self._ready()
+            yield batch
+            self.engine.after_backward()
+            self._loss.advance()
+            if self._updated and not last:
+                raise MethodError(
+                    f"The optimizer was stepped after micro-batch {place + 1} of {len(window)}. Put the body of the "
+                    "loop into `with accelerator.accumulate(session.model):`."
+                )
+        if not self._updated:
+            if not self.optimizers[0].step_was_skipped:
+                raise MethodError(f"Nobody called optimizer.step() in step {step + 1}.")
+            self.engine.after_update(skipped=True)
+            self._count_step()  # the gradient scaler skipped an overflow; the step is over all the same
+        self._window = []
+        if self._after_save is not None:
+            session_checkpoint.check_undisturbed(self._after_save)
+            self._after_save = None
+
+    def _ready(self) -> None:
+        if not (self.model.training and self.bare_model.training):  # an evaluation may have left it so
+            self.model.train()
+        self.engine.before_forward()
+
+    def loss(self, batch: Mapping[str, Any], *, output: Any = None, loss: Tensor | None = None) -> Tensor:
+        """The loss of a micro-batch, for `accelerator.backward`: the task's and the plugins' terms, exactly scaled.
+
+        Σ over the micro-batches of a step and over all processes is the mean over the step's labels, whatever their
+        number in each.
+
+        Args:
+            batch: as `batches` gave it.
+            output: of `session.model(**batch)`, where you made the pass yourself.
+            loss: your own task loss, as a mean over the batch's labels, shape (); by default the model's.
+        Returns: scalar, shape (), with gradient. Its value is a share, not a mean: log `session.logs()`.
+        """
+        if not self._window:
+            raise MethodError("session.loss(batch) belongs into the body of `for batch in session.batches(loader)`.")
+        if not isinstance(batch, Mapping):
+            raise MethodError(f"session.loss takes a mapping of the model's arguments, not a {type(batch).__name__}.")
+        if loss is None and not self._judged:
+            self._judge_labels(batch)
+        if output is None:
+            self._ready()
+            output = self.model(**batch)
+        mean = own_loss(output, batch, self.plan.task.name) if loss is None else loss
+        if self._loss.totals is None:
+            total = mean / len(self._window)
+        else:
+            total = self._loss.share(mean, batch)
+            if loss is None:
+                total = total - self._loss.router_excess(output, self._loss.weight(batch))
+        plugins = self.engine.term_plugins
+        self._loss.parts.begin(total)
+        if plugins:
+            terms = self._loss.terms(plugins, self.engine.run, batch, output)
+            self.engine.check_terms(self._loss.parts, total.device)
+            for term in terms:
+                total = total + term
+        if not total.requires_grad:
+            raise self.engine.no_gradient()
+        self.engine.after_forward()
+        return total * self.accelerator.gradient_accumulation_steps  # by which accelerator.backward will divide
+
+    def _judge_labels(self, batch: Mapping[str, Any]) -> None:
+        """Once it is known that the loss is the model's own: this batch's labels, the whole column, and what comes."""
+        self._judged = True
+        limits = limits_of(self.bare_model, self.plan.task, own_loss=False)
+        check_batch({name: v.cpu() for name, v in batch.items() if isinstance(v, Tensor)}, limits, "dataset", ())
+        if self._collate is not None:
+            self._collate.limits = limits
+            if self._rows is not None and self._collate.hands_on:
+                check_columns(self._rows.dataset, limits, "dataset")
+
+    def _before_update(self) -> None:
+        parts, first = self._loss.parts, self._taken - len(self._window)
+        if self._rows is not None:
+            parts.rows = [self._rows.of_batch(first + place) for place in range(len(self._window))]
+        tensors = list(self.engine.effects.tensors.values())
+        self.engine.check_update(gradient_norm(tensors), parts)
+        self.engine.before_update()
+
+    def _after_update(self) -> None:
+        self.engine.after_update()
+        self._updated = True
+        self._count_step()
+
+    def _count_step(self) -> None:
+        self.step += 1
+        self.epoch_steps += 1
+        self.engine.step_end(self.step)
+
+    def evaluated(self, metrics: Mapping[str, float]) -> None:
+        """Tell the plugins what an evaluation returned, e.g. `{"eval_loss": 0.3}`."""
+        self.engine.evaluated(metrics)
+
+    def logs(self) -> dict[str, float]:
+        """The means of the plugins' loss terms and what the plugins logged, since this was last asked."""
+        found = self._loss.drain() | self.engine.run.logged
+        self.engine.run.logged.clear()
+        return found
+
+    # ---- checkpoints -----------------------------------------------------------------------------------------------
+
+    def save(self, output_dir: str | os.PathLike[str], *, limit: int | None = None) -> Path:
+        """Write `output_dir/checkpoint-<step>`, from which a killed run goes on bit for bit.
+
+        Call it on every process, as the last thing in the body of the loop, after the step.
+
+        Args:
+            limit: how many checkpoints to keep; None keeps all.
+        Returns: the checkpoint's folder.
+        Raises:
+            MethodError: in the middle of an accumulated step.
+            CheckpointError: it could not be written; earlier ones are as they were.
+        """
+        if self._window and not self._updated:
+            raise MethodError("session.save belongs after optimizer.step(), when a step is whole.")
+        folder = session_checkpoint.save(self, Path(output_dir), limit)
+        self._after_save = rng_state()
+        return folder
+
+    def resume(self, source: str | os.PathLike[str]) -> bool:
+        """Go on from a checkpoint. Call it after optimizer, schedulers and loader were made, before `batches`.
+
+        Args:
+            source: an `output_dir`, of which the newest whole checkpoint is taken, or a checkpoint's folder.
+        Returns: whether there was one.
+        Raises:
+            CheckpointError: it is damaged, or belongs to another run. Nothing was changed.
+        """
+        if self._running or self.step:
+            raise MethodError("session.resume(…) belongs before session.batches(…).")
+        if not self.optimizers:
+            raise MethodError("Call session.optimizer(…) before session.resume(…): it loads its state.")
+        return session_checkpoint.resume(self, Path(source))
+
+
+def _plan_of(model: nn.Module) -> Plan:
+    plan_in((model,), {})  # refuses a wrapped model, whose plan would be lost
+    if plan_of(model) is None:
+        from .build import attach
+
+        attach(model, [])
+    plan = plan_of(model)
+    assert plan is not None
+    return plan
+
+
+def _stage_of(plan: Plan, name: str | None) -> Stage:
+    stages = {stage.name: stage for stage in plan.stages}
+    if name is None and len(stages) == 1:
+        return plan.stages[0]
+    if name not in stages:
+        what = "needs one Session for each of its stages" if name is None else f"has no stage {name!r}"
+        raise MethodError(
+            f"This method {what}: Session(…, stage=name) with a name of {list(stages)}. What a stage changes is in "
+            "its `args`."
+        )
+    return stages[name]

@@ -1,0 +1,184 @@
+"""The loss of one optimizer step, under any loop: how much the step holds, each part's exact share, and the log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import losses
+from .divergence import StepParts
+from .errors import MethodError
+from .layers import transformers_model
+from .losses import StepTotals
+from .plugin import LossTerm, Plugin, Run
+from .tasks import Task
+
+
+class StepLoss:
+    """Knows the labels and rows of the whole optimizer step before its first micro-batch, and scales by them.
+
+    Args:
+        model: as built, not wrapped.
+        task: counts the labels of a batch.
+        gather: one process's numbers, shape (n,) → those of all processes, (processes, n).
+        processes: how many share a step.
+        rank: which of them this one is.
+        together: average over the labels of all processes; otherwise each process averages over its own, and the
+            means are averaged (`average_tokens_across_devices=False`).
+    Attributes:
+        done: how many of the step's micro-batches are done.
+        parts: what the step is made of, for an error that has to say where it went wrong.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        *,
+        gather: Callable[[Tensor], Tensor] | None = None,
+        processes: int = 1,
+        rank: int = 0,
+        together: bool = True,
+    ) -> None:
+        self._model: Any = transformers_model(model)
+        self.task, self.processes = task, processes
+        self._gather, self._rank, self._together = gather, rank, together
+        self._totals = StepTotals(None, None, 1)
+        self._uncounted = ""  # why the labels cannot be counted
+        self._first_examples: list[int] = []
+        self.done = 0
+        self.parts = StepParts()
+        self._means: dict[str, tuple[Tensor, int]] = {}  # loss term → sum of its means since the last log, how many
+
+    def begin(self, batches: Sequence[Any], *, micro_batches: int) -> None:
+        """Count what one optimizer step holds.
+
+        Args:
+            batches: this process's micro-batches of the step.
+            micro_batches: as many as any process may have in a step; equal on all of them.
+        """
+        rows = [number_of_rows(batch) for batch in batches]
+        labels, self._uncounted = 0.0, ""
+        try:
+            labels = float(sum(float(self.task.count(batch)) for batch in _mappings(batches)))
+        except ValueError as without_labels:
+            self._uncounted = str(without_labels)
+        known = float(not self._uncounted and bool(batches))
+        mine = torch.tensor([known, labels, *rows, *[0] * (micro_batches - len(rows))], dtype=torch.float64)
+        # Every process takes part whatever it found, or the others would wait for it for ever.
+        table = mine[None] if self.processes == 1 or self._gather is None else self._gather(mine)
+        counts = table[:, 2:]  # (processes, micro-batches): rows
+        before = counts.sum(0).cumsum(0) - counts.sum(0) + counts[: self._rank].sum(0)
+        self._first_examples, self.done = [int(first) for first in before], 0
+        self.parts = StepParts(batches=batches, first=self._first_examples)
+        counted, filled = bool((table[:, 0] > 0).all()), bool((counts[:, : len(batches)] > 0).all())
+        if not self._together:
+            table, counts = mine[None], mine[None, 2:]
+        self._totals = StepTotals(
+            labels=float(table[:, 1].sum()) if counted else None,
+            examples=float(counts.sum()) if filled else None,
+            micro_batches=len(batches),
+            processes=len(table),
+        )
+
+    @property
+    def totals(self) -> StepTotals | None:
+        """What the step holds, or None where its labels cannot be counted."""
+        return self._totals if self._totals.labels is not None else None
+
+    @property
+    def first_example(self) -> int:
+        """Position of the next micro-batch's first row in the step's rows, as one process would have ordered them."""
+        return self._first_examples[self.done] if self.done < len(self._first_examples) else 0
+
+    def weight(self, batch: Mapping[str, Any]) -> float:
+        """By what the mean over this micro-batch's labels is multiplied to become its share of the whole step's."""
+        totals = self._totals
+        assert totals.labels is not None
+        return float(self.task.count(batch)) * totals.processes / max(totals.labels, 1)
+
+    def share(self, mean: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        """The task's mean over this micro-batch → its share of the mean over the whole step."""
+        weight = self.weight(batch)
+        # The mean over nothing is NaN; its share of the step is nothing, still with a graph. Where the weight is 1, as
+        # with a single micro-batch, the loss stays what it was, bit for bit.
+        return mean * weight if weight else mean.nan_to_num() * 0
+
+    def router_excess(self, output: Any, factor: float) -> Tensor | float:
+        """How much too heavy a mixture of experts' router loss stands in a loss that was scaled by its labels.
+
+        Its model adds coefficient · auxiliary loss to each micro-batch; right is the mean over all micro-batches.
+
+        Args:
+            output: of the micro-batch's pass.
+            factor: by what the model's loss was multiplied since.
+        """
+        auxiliary = getattr(output, "aux_loss", None)
+        excess = factor - 1 / self._totals.micro_batches
+        if auxiliary is None or excess == 0:
+            return 0.0
+        return excess * _router_coefficient(self._model) * auxiliary
+
+    def terms(self, plugins: Sequence[Plugin], run: Run, batch: Mapping[str, Any], output: Any) -> list[Tensor]:
+        """What the plugins add to this micro-batch's loss, each exactly scaled.
+
+        Raises:
+            MethodError: a term counts labels or examples, and the batches have none to count.
+        """
+        run.batch, run.first_example = batch, self.first_example
+        terms = losses.collect(plugins, run, batch, output, self.parts.owners)
+        for name, term in terms.items():
+            self._check_countable(name, term)
+            self._note(name, term)
+            self.parts.add(name, term.sum)
+        return [losses.contribution(term, self._totals) for term in terms.values()]
+
+    def _check_countable(self, name: str, term: LossTerm) -> None:
+        if term.per == "label" and self._totals.labels is None:
+            why = self._uncounted or "another process has a batch without labels."
+        elif term.per == "example" and self._totals.examples is None:
+            why = "a batch has no tensor whose rows could be counted."
+        else:
+            return
+        raise MethodError(
+            f"The loss term {name!r} counts per {term.per}, and the {term.per}s of this step are unknown: {why} A term "
+            'with per="step" needs no count.'
+        )
+
+    def advance(self) -> None:
+        """A micro-batch is done."""
+        self.done += 1
+
+    def _note(self, name: str, term: LossTerm) -> None:
+        total, number = self._means.get(name, (torch.zeros(()), 0))
+        self._means[name] = (losses.mean(term) + total.to(term.sum.device), number + 1)
+
+    def drain(self) -> dict[str, float]:
+        """Loss term → its mean over the micro-batches since this was last asked."""
+        means = {name: round(float(total) / number, 6) for name, (total, number) in self._means.items()}
+        self._means.clear()
+        return means
+
+
+def number_of_rows(batch: Any) -> int:
+    """Rows of a batch: the first dimension of its first tensor; 0 where it has none."""
+    if not isinstance(batch, Mapping):
+        return 0
+    return next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim()), 0)
+
+
+def _router_coefficient(model: Any) -> float:
+    """What the model multiplies its router loss by. Most keep it, some look it up in their text model's config."""
+    names = ("router_aux_loss_coef", "aux_loss_coef")
+    holders = (model, model.config.get_text_config())
+    return next((float(getattr(h, n)) for h in holders for n in names if getattr(h, n, None) is not None), 0.0)
+
+
+def _mappings(batches: Sequence[Any]) -> list[Mapping[str, Any]]:
+    for batch in batches:
+        if not isinstance(batch, Mapping):
+            raise ValueError(f"a batch is a {type(batch).__name__}; expected a mapping of the model's arguments.")
+    return list(batches)

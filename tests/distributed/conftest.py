@@ -1,0 +1,74 @@
+"""What costs a start of several processes is done once, by the first worker that needs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from filelock import FileLock
+
+from tests.models import tiny
+
+from .launch import ROOT, launch
+
+DDP = ROOT / "examples" / "launch" / "ddp.yaml"
+LIMIT = 300
+"""Seconds for all scenarios: several times what they take, so that only a hang meets it."""
+
+LAUNCHED = {
+    "trainer": (
+        *("lora", "full", "gradual_unfreeze", "llrd", "r3f", "all", "all, AdamW"),
+        *("accumulation", "accumulation, Llama", "accumulation, T5", "checkpointing", "checkpointing, Llama"),
+        *("shuffled", "incomplete", "incomplete, accumulation", "incomplete by more", "stream"),
+        *("no labels on one rank", "nf4", "nf4, checkpointing", "lp_ft"),
+    ),
+    "session": ("lora", "all", "accumulation, Llama", "checkpointing", "incomplete"),
+    "fsdp2": ("lora", "gradual_unfreeze", "llrd", "r3f", "all", "accumulation", "thawed"),
+}
+"""Loop → the scenarios that run in it."""
+
+
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Any]) -> tuple[Path, Any]:
+    """What `make(folder)` returned to the first worker that asked; the others wait and read it.
+
+    Args:
+        make: returns plain values.
+    Returns: the folder, which all share, and the values.
+    """
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # which the workers share
+    folder, done = root / name, root / f"{name}.json"
+    with FileLock(root / f"{name}.lock"):
+        if not done.is_file():
+            folder.mkdir(exist_ok=True)
+            done.write_text(json.dumps(make(folder)), encoding="utf-8")
+        return folder, json.loads(done.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The folder with the weights of both ranks, and how the launch ended."""
+
+    def make(folder: Path) -> list[Any]:
+        tiny("bert").save_pretrained(folder / "base")
+        names = [f"{loop}:{name}" for loop, scenarios in LAUNCHED.items() for name in scenarios]
+        options = ("--config_file", str(DDP), "--num_processes", "2", "--mixed_precision", "no")
+        ended = launch("tests.distributed.ranks", *names, folder=folder, limit=LIMIT, options=options)
+        return [ended.returncode, ended.stdout]
+
+    folder, (code, output) = once(tmp_path_factory, "two_processes", make)
+    return folder, subprocess.CompletedProcess([], code, output)
+
+
+@pytest.fixture(autouse=True)
+def no_accelerator_left() -> None:
+    """Accelerate keeps its state in classes: each run in this process starts with none."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()

@@ -1,0 +1,110 @@
+"""The benchmarks run and print their tables. What they measure is for a quiet machine; here only the small ones run."""
+
+from __future__ import annotations
+
+import gc
+import re
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import batching, overhead
+from benchmarks.turns import Turn, difference, take_turns
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was() -> Iterator[None]:
+    """The benchmarks are programs of their own, and set what they need. Accelerate collects garbage around each run."""
+    import datasets
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+    torch.set_num_threads(1)
+    if bars[0]:
+        logging.enable_progress_bar()
+    if not bars[1]:
+        datasets.enable_progress_bars()
+
+
+def rows(table: str) -> list[list[str]]:
+    """Cells of a Markdown table, without its head."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:2] == "| "][
+        1:
+    ]
+
+
+def tables(printed: str) -> list[list[list[str]]]:
+    return [rows(part) for part in printed.split("\n\n") if part.startswith("| ")]
+
+
+def test_loops_take_turns_and_only_their_own_steps_are_timed():
+    order = []
+
+    def loop(name: str, busy: float, idle: float):
+        def run(turn: Turn) -> None:
+            for step in range(5):
+                turn()
+                order.append((step, name))
+                end = time.thread_time() + busy
+                while time.thread_time() < end:
+                    pass
+                time.sleep(idle)
+            turn()
+
+        return run
+
+    laps = take_turns({"short": loop("short", 0.01, 0.0), "long": loop("long", 0.02, 0.02)}, warm_up=1)
+    assert order == [(step, name) for step in range(5) for name in ("short", "long")]
+    assert [len(lap.cpu) for lap in laps.values()] == [4, 4]
+    assert all(0.01 <= seconds < 0.018 for seconds in laps["short"].cpu)
+    assert all(0.02 <= seconds < 0.028 for seconds in laps["long"].cpu)
+    assert all(laps["long"].wall >= 0.04)
+
+
+def test_a_loop_that_fails_ends_the_others():
+    def fails(turn: Turn) -> None:
+        turn()
+        raise KeyError("broken")
+
+    def endless(turn: Turn) -> None:
+        while True:
+            turn()
+
+    with pytest.raises(KeyError, match="broken"):
+        take_turns({"endless": endless, "fails": fails})
+
+
+def test_differences_are_medians_over_pairs():
+    found = difference(np.array([1.5, 2.5, 9.0]), np.array([1.0, 2.0, 3.0]))
+    assert (found.step, found.more, found.share, found.pairs) == (2.0, 0.5, 0.25, 3)
+
+
+def test_overhead_prints_its_tables(capsys: pytest.CaptureFixture[str]):
+    overhead.main(["--quick"])
+    steps, memory, checkpoint = tables(capsys.readouterr().out)
+    assert [row[0] for row in steps] == ["PEFT + Trainer", "lora", "lora in a Session"]
+    for row in steps:
+        assert float(row[3]) > 0
+        assert re.fullmatch(r"[+-]\d+ \([+-]\d+ to [+-]\d+\)", row[4])
+        assert int(row[-1]) == 8
+    ((_, plain, ours, equal),) = memory
+    assert (plain, equal) == (ours, "yes")
+    assert [row[1] for row in checkpoint] == ["write", "resume", "bytes"]
+
+
+def test_batching_prints_its_tables(capsys: pytest.CaptureFixture[str]):
+    batching.main(["--quick", "--repeats", "1"])
+    padding, times = tables(capsys.readouterr().out)
+    assert [row[0] for row in times] == ["tiny SEQ_CLS", "tiny CAUSAL_LM"]
+    for row in times:
+        theirs, ours = map(float, row[-2].split(" → "))
+        assert 1 <= ours < theirs  # the same examples, less padding
+    for _, _, _, shuffled, grouped, buckets in padding:
+        assert 1 <= float(buckets) < float(grouped) < float(shuffled)
