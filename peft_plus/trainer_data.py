@@ -6,6 +6,7 @@ its first batches were drawn, from another state than in the run that was interr
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from .checkpoint_trouble import loading
 from .epoch_data import Keyed, keyed
 from .random_state import rng_state, set_rng_state
 from .state_files import has_state, read_state, write_state
+from .trainer_loss import owners
 from .trainer_state import StateFiles
 
 
@@ -51,7 +53,9 @@ class RepeatableData(StateFiles):
         batches = round(part * recorded * self.args.gradient_accumulation_steps)
         return int(passes), 0 if self.args.ignore_data_skip else batches
 
-    def _run_epoch(self, **given: Any) -> None:
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        own = owners(type(self), "_run_epoch")[-1]._run_epoch  # transformers', whose parameters have names
+        given = inspect.signature(own).bind(self, *args, **kwargs).arguments
         epoch, checkpoint = given["epoch"], given["resume_from_checkpoint"]
         first = 0  # batch that this process has not seen yet
         if checkpoint is not None and epoch == given["epochs_trained"]:
@@ -63,7 +67,7 @@ class RepeatableData(StateFiles):
         if self._data is not None:
             self._data.begin(epoch, first)
         self._epoch_start = rng_state()
-        super()._run_epoch(**given)
+        super()._run_epoch(*args, **kwargs)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
