@@ -9,13 +9,14 @@ from itertools import product
 from typing import Any, ClassVar
 
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import TrainerCallback, default_data_collator
 
 import peft_plus
-from peft_plus import LossTerm, Plugin
+from peft_plus import LossTerm, Plugin, Session
 
 from .models import NUM_LABELS, PAD, batch, tiny
 from .training import quiet
@@ -132,8 +133,11 @@ class Recorder(TrainerCallback):
         self.batches.append({key: value.clone() for key, value in made.items()})
         return made
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
+    def keep_gradients(self, model: nn.Module) -> None:
         self.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
+        self.keep_gradients(model)
 
 
 STILL = {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.0})}
@@ -170,6 +174,35 @@ def run(
         **STILL,
         **given,
     ).train()
+    return recorder
+
+
+def run_session(
+    model: nn.Module,
+    rows: Sequence[Row],
+    *,
+    batch_size: int,
+    accumulation: int,
+    loss: Callable[[Any, Row], Tensor] | None = None,
+) -> Recorder:
+    """One epoch of a bare loop, in which the weights stay.
+
+    Args:
+        loss: the user's own: output and batch → the mean over its labels.
+    """
+    recorder, accelerator = Recorder(), Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    session = Session(model, accelerator, epochs=1)
+    optimizer = session.optimizer(torch.optim.SGD, lr=0.0)
+    loader = session.loader(rows, batch_size, collate_fn=recorder.collate)
+    for data in session.batches(loader):
+        with accelerator.accumulate(session.model):
+            output = session.model(**data) if loss else None
+            own = loss(output, data) if loss else None
+            accelerator.backward(session.loss(data, output=output, loss=own))
+            if accelerator.sync_gradients:
+                recorder.keep_gradients(model)
+            optimizer.step()
+            optimizer.zero_grad()
     return recorder
 
 

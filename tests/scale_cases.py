@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -22,10 +22,23 @@ from accelerate import PartialState
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.trainer_pt_utils import LabelSmoother
 
 import peft_plus
 from peft_plus import get_model, with_plugins
-from tests.scale import Gradients, Pull, Recorder, expected, mean_of, model_of, own_loss_func, rows_of, run, with_free
+from tests.scale import (
+    Gradients,
+    Pull,
+    Recorder,
+    expected,
+    mean_of,
+    model_of,
+    own_loss_func,
+    rows_of,
+    run,
+    run_session,
+    with_free,
+)
 from tests.tokenizers import tiny_tokenizer
 
 ROWS = 16
@@ -43,7 +56,7 @@ class Case:
         loss: who computes it: the model, transformers' label smoother, a user's function that divides by the step's
             items or one that returns a plain mean, TRL's dynamic fine-tuning.
         accumulation: micro-batches of one process.
-        trainer: the Trainer class.
+        trainer: the Trainer class, or Session. In a Session the user's own loss is a mean that he hands over.
         together: average over the labels of all processes, not over each one's own.
     """
 
@@ -51,7 +64,7 @@ class Case:
     task: str
     loss: Loss
     accumulation: int
-    trainer: Literal["Trainer", "SFTTrainer"] = "Trainer"
+    trainer: Literal["Trainer", "SFTTrainer", "Session"] = "Trainer"
     together: bool = True
 
     def __str__(self) -> str:
@@ -65,9 +78,13 @@ WINDOWS = (1, 4)
 CASES = [
     *(Case(*model, loss, window) for model, loss, window in product(MODELS, LOSSES, WINDOWS)),
     *(Case("llama", "CAUSAL_LM", loss, window, "SFTTrainer") for loss, window in product((*LOSSES, "dft"), WINDOWS)),
+    *(
+        Case(*model, loss, window, "Session")
+        for model, loss, window in product(MODELS, ("plain", "label_smoothing", "mean_loss_func"), WINDOWS)
+    ),
 ]
 ON_TWO = [
-    *(case for case in CASES if case.loss == "plain" or case.accumulation > 1),
+    *CASES,
     *(Case(*model, "plain", 4, together=False) for model in MODELS),
     Case("llama", "CAUSAL_LM", "mean_loss_func", 4, together=False),
     Case("llama", "CAUSAL_LM", "plain", 4, "SFTTrainer", together=False),
@@ -78,11 +95,15 @@ ON_TWO = [
 def step(case: Case, folder: Any, processes: int = 1) -> Recorder:
     """Run a case: the gradient of its update, and the batches of this process."""
     model = get_model(with_free(model_of(case.name, case.task)), ["full", Pull()])
+    rows: Any = rows_of(case.name, case.task, ROWS)
+    size = ROWS // case.accumulation // processes
+    if case.trainer == "Session":
+        loss = _own_mean(case) if case.loss != "plain" else None
+        return _checked(case, run_session(model, rows, batch_size=size, accumulation=case.accumulation, loss=loss))
     given: dict[str, Any] = {}
     if case.loss in ("compute_loss_func", "mean_loss_func"):
         mean = case.loss == "mean_loss_func"
         given["compute_loss_func"] = own_loss_func(shift=case.task == "CAUSAL_LM", mean=mean)
-    rows: Any = rows_of(case.name, case.task, ROWS)
     settings: dict[str, Any] = {}
     trainer_class: Any = peft_plus.Trainer
     if case.trainer == "SFTTrainer":
@@ -98,15 +119,29 @@ def step(case: Case, folder: Any, processes: int = 1) -> Recorder:
         folder,
         trainer_class=trainer_class,
         trainer=given,
-        per_device_train_batch_size=ROWS // case.accumulation // processes,
+        per_device_train_batch_size=size,
         gradient_accumulation_steps=case.accumulation,
         label_smoothing_factor=SMOOTHING if case.loss == "label_smoothing" else 0.0,
         average_tokens_across_devices=case.together,
         **settings,
     )
+    return _checked(case, recorder)
+
+
+def _checked(case: Case, recorder: Recorder) -> Recorder:
     if [len(recorder.gradients), len(recorder.batches)] != [1, case.accumulation]:
         raise AssertionError(f"{case}: {len(recorder.gradients)} updates over {len(recorder.batches)} micro-batches")
     return recorder
+
+
+def _own_mean(case: Case) -> Callable[[Any, Any], Tensor]:
+    """What a user computes in a bare loop: transformers' label smoother, or a mean of his own."""
+    shift = case.task == "CAUSAL_LM"
+    if case.loss == "mean_loss_func":
+        own = own_loss_func(shift=shift, mean=True)
+        return lambda output, data: own(output, data["labels"])
+    smoother = LabelSmoother(epsilon=SMOOTHING)
+    return lambda output, data: smoother(output, data["labels"], shift_labels=shift)
 
 
 def exact(case: Case, batches: Sequence[Sequence[dict[str, Tensor]]]) -> Gradients:
