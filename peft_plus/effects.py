@@ -169,6 +169,8 @@ class Effects:
 
     def _note(self, run: Run, groups: frozenset[Group]) -> None:
         """Write what trains from now on into the timeline, unless it says so already (after a resume)."""
+        if run.step >= max(run.max_steps, 1):
+            return  # resumed at its end
         mine = [change for change in self.plan.timeline if change.stage == self.stage.name]
         if not mine or mine[-1].groups != groups:
             self.plan.timeline.append(Change(self.stage.name, run.step, run.max_steps, groups))

@@ -225,12 +225,17 @@ class Engine:
         self.run.last_evaluation_step = self.run.step
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of this stage, as plain values and tensors."""
+        """What a checkpoint keeps of this stage, and of how the ones before went, as plain values and tensors."""
         return {
             "plugins": {p.name: dict(ask(p, "state_dict")) for p in self.plan.active(self.stage)},
             "last_metrics": dict(self.run.last_metrics),
             "last_evaluation_step": self.run.last_evaluation_step,
-            "timeline": [[c.step, c.max_steps, sorted(map(list, c.groups))] for c in self._changes()],
+            "timeline": [[c.stage, c.step, c.max_steps, sorted(map(list, c.groups))] for c in self.plan.timeline],
+            "engagement": {
+                stage: [[*row.group, row.steps, row.tensors, row.moved, row.reached] for row in rows]
+                for stage, rows in self.plan.engagement.items()
+                if stage != self.stage.name
+            },
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -250,11 +255,12 @@ class Engine:
             ask(plugins[name], "load_state_dict", own)
         self._last_metrics = dict(state["last_metrics"])
         self._last_evaluation_step = state["last_evaluation_step"]
-        others = [change for change in self.plan.timeline if change.stage != self.stage.name]
-        self.plan.timeline[:] = others + [
-            Change(self.stage.name, step, max_steps, frozenset((depth, part) for depth, part in groups))
-            for step, max_steps, groups in state["timeline"]
+        self.plan.timeline[:] = [
+            Change(stage, step, max_steps, frozenset((depth, part) for depth, part in groups))
+            for stage, step, max_steps, groups in state["timeline"]
         ]
+        for stage, rows in state["engagement"].items():
+            self.plan.engagement[stage] = [proof.Row((depth, part), *counts) for depth, part, *counts in rows]
 
     def _changes(self) -> list[Change]:
         return [change for change in self.plan.timeline if change.stage == self.stage.name]

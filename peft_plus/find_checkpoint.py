@@ -79,6 +79,11 @@ def begun(run_dir: str | Path) -> bool:
     return bool(_checkpoints(Path(run_dir)))
 
 
+def finished(run_dir: str | Path) -> bool:
+    """Whether a checkpoint was ever finished, be it damaged since."""
+    return any(not is_unfinished(folder) for folder in _checkpoints(Path(run_dir)))
+
+
 def rotate(run_dir: str | Path, limit: int | None, keep: Collection[str | Path]) -> None:
     """Delete checkpoints until `limit` are left: unfinished ones first, then those that were sealed longest ago.
 
