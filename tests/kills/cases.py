@@ -25,6 +25,7 @@ class Case:
         stream: the data have no length, and are read through again and again for as many steps.
         workers: processes that load the data.
         arguments: more TrainingArguments, of the Trainer only.
+        staged: the method runs in several stages; under the Trainer only, by `fit`.
     """
 
     method: Any = field(default_factory=lambda: {"lora": {"lora_dropout": 0.1}})
@@ -37,6 +38,7 @@ class Case:
     stream: bool = False
     workers: int = 0
     arguments: dict[str, Any] = field(default_factory=dict)
+    staged: bool = False
 
 
 @dataclass(kw_only=True)
@@ -67,6 +69,7 @@ CASES: dict[str, Case] = {
     "llrd": Case(method=LORA | {"llrd": {"decay": 0.5}}),
     "r3f": Case(method=LORA | {"r3f": {"eps": 0.1}}),
     "together": Case(method=TOGETHER),
+    "two stages": Case(method=TOGETHER | {"lp_ft": {"probe_epochs": 1.0}}, epochs=1, staged=True),
     "accumulation": Case(method=TOGETHER, accumulation=4, epochs=4, save_every=1),
     "nf4": Case(quantization="nf4"),
     "stateful plugin": Case(method=[LoraConfig(task_type="SEQ_CLS", lora_dropout=0.1), Countdown()]),
@@ -87,5 +90,8 @@ CASES: dict[str, Case] = {
         },
     ),
 }
-RUNS = [("trainer", name) for name in CASES] + [("session", name) for name, case in CASES.items() if not case.arguments]
+RUNS = [
+    *(("trainer", name) for name in CASES),
+    *(("session", name) for name, case in CASES.items() if not (case.arguments or case.staged)),
+]
 """Every (loop, case)."""

@@ -23,7 +23,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import IterableDataset
-from transformers import TrainerCallback
 
 import peft_plus
 from peft_plus import CheckpointError, Session, get_model
@@ -94,9 +93,14 @@ def data_of(case: Case) -> Any:
     return Stream() if case.stream else rows_of()
 
 
+def steps_per_epoch(case: Case) -> int:
+    """Of one process."""
+    return -(-ROWS // (BATCH * case.accumulation))
+
+
 def steps_of(case: Case) -> int | None:
     """Where the data do not tell: as many as with a length."""
-    return case.epochs * -(-ROWS // (BATCH * case.accumulation)) if case.stream else None
+    return case.epochs * steps_per_epoch(case) if case.stream else None
 
 
 def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -113,24 +117,34 @@ def hide_words(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 # ---- the loops -------------------------------------------------------------------------------------------------------
 
 
-class _Notes(TrainerCallback):
-    def __init__(self, log: Log) -> None:
-        self._log = log
+def _noting(note: Callable[..., None], made: list[Any], stage_steps: int) -> type[Any]:
+    """A Trainer that notes its steps and saves, and is kept in `made`.
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if "loss" in logs:
-            self._log.note("step", state.global_step, f"{logs['loss'].hex()},{logs['grad_norm'].hex()}")
+    Args:
+        stage_steps: of each stage but the last: steps are counted on from stage to stage.
+    """
 
+    class Noting(peft_plus.Trainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            made.append(self)
 
-class _Noting(peft_plus.Trainer):
-    """Tells when a checkpoint is being written."""
+        @property
+        def _number(self) -> int:
+            stages = self.model.peft_plus.stages
+            return self.state.global_step + stage_steps * (stages.index(self.stage) if self.stage else 0)
 
-    log_of_life: Log
+        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            super().log(logs, *args, **kwargs)
+            if "loss" in logs:
+                note("step", self._number, f"{logs['loss'].hex()},{logs['grad_norm'].hex()}")
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self.log_of_life.note("save", self.state.global_step)
-        super()._save_checkpoint(model, trial)
-        self.log_of_life.note("saved", self.state.global_step)
+        def _save_checkpoint(self, model: Any, trial: Any) -> None:
+            note("save", self._number)
+            super()._save_checkpoint(model, trial)
+            note("saved", self._number)
+
+    return Noting
 
 
 def with_trainer(case: Case, base: Path, log: Log) -> dict[str, str]:
@@ -153,16 +167,19 @@ def with_trainer(case: Case, base: Path, log: Log) -> dict[str, str]:
         **case.arguments,
     )
     _check_processes(args.world_size)
-    trainer = _Noting(
-        model,
-        args,
-        train_dataset=data_of(case),
-        eval_dataset=rows_of(seed=1) if case.arguments else None,
-        data_collator=hide_words if case.draws else collate,
-        callbacks=[_Notes(log)],
-    )
-    trainer.log_of_life = log
-    trainer.train(resume_from_checkpoint=any(Path(OUTPUT).glob("*checkpoint-*")))
+    made: list[Any] = []
+    trainer_class = _noting(log.note, made, steps_per_epoch(case))
+    resume = any(Path(OUTPUT).glob("**/*checkpoint-*"))
+    given: dict[str, Any] = {
+        "train_dataset": data_of(case),
+        "eval_dataset": rows_of(seed=1) if case.arguments else None,
+        "data_collator": hide_words if case.draws else collate,
+    }
+    if case.staged:
+        peft_plus.fit(model, args, trainer_class=trainer_class, resume_from_checkpoint=resume, **given)
+    else:
+        trainer_class(model, args, **given).train(resume_from_checkpoint=resume)
+    trainer = made[-1]
     # Of the first rank, whose history all ranks get when they go on.
     history = _history(trainer) if trainer.is_world_process_zero() else []
     best = [trainer.state.best_metric, trainer.state.best_global_step]
