@@ -106,12 +106,16 @@ class Bridge(SealedCheckpoints, Safeguards, TrainerLoss, _Trainer):
         try:
             return super().train(*args, **kwargs)
         finally:
-            if self._engine is not None:
-                self._engine.close()
-                self._engine = None
-            if self._hook is not None:
-                self._hook.remove()
-                self._hook = None
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Give the model back as it was before the run."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     def get_train_dataloader(self) -> Any:
         self._order, self._order_taken = self._planned_order(), False
@@ -155,6 +159,7 @@ class Bridge(SealedCheckpoints, Safeguards, TrainerLoss, _Trainer):
         plan = plan_of(self.model)
         if plan is None:
             return super().create_optimizer(*args, **kwargs)
+        self._let_go()  # of an attempt that found its batches too large (auto_find_batch_size)
         self._engine = Engine(self.model, plan, self.stage or plan.stages[0])
         optimizer = super().create_optimizer(*args, **kwargs) or self.optimizer  # an own method may return nothing
         self._engine.adopt(optimizer, scheduled=self.lr_scheduler is not None)

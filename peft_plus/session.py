@@ -15,22 +15,17 @@ from accelerate.data_loader import skip_first_batches
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
 
 from . import session_checkpoint
 from .arguments import plan_in, plan_of
 from .compose import Plan
-from .data_columns import check_columns
-from .data_limits import check_batch, limits_of
 from .distributed import check_accelerator, flipping
 from .divergence import gradient_norm
-from .effects import check_without_epochs
 from .engine import Engine
-from .epoch_data import Keyed, StreamCollate, check_settings, epoch_loader
-from .errors import DataError, MethodError
-from .named_rows import Collate, Rows, hands_on
+from .errors import MethodError
+from .loop_watch import LoopWatch
 from .random_state import rng_state, set_rng_state
-from .sampling import order
+from .session_data import SessionData
 from .stages import Stage
 from .step_loss import StepLoss
 from .tasks.base import own_loss
@@ -88,18 +83,12 @@ class Session:
         self.optimizers: list[Any] = []
         self.schedulers: list[Any] = []
         self.epoch_steps = 0  # finished steps of the epoch at work
-        self.examples: int | None = None
-        self.batch_size = 0  # of a micro-batch
         self.random_state: Any = None  # to go on with, after a resume
-        self._epochs, self._max_steps, self._steps_per_epoch = epochs, max_steps, 0
-        self._data: Keyed | None = None
-        self._rows: Rows | None = None
-        self._taken = 0  # batches of the epoch at work
-        self._collate: Collate | None = None
-        self._judged = False  # whether the labels were compared with what the model takes
-        self._sampler: Any = None
-        self._window: list[Any] = []
-        self._updated = self._running = False
+        self._epochs, self._max_steps = epochs, max_steps
+        self._window: list[Any] = []  # the micro-batches of the step at work
+        self._running = False
+        self._modules: list[nn.Module] = []
+        self._task_loss, self._task_steps = torch.zeros(()), 0  # its sum over the steps since the last log
         self._after_save: Any = None
         plan = _plan_of(model)
         self.stage = _stage_of(plan, stage)
@@ -110,6 +99,8 @@ class Session:
             )
         check_accelerator(plan, model, accelerator)
         self.engine = Engine(model, plan, self.stage)
+        self.data = SessionData(model, plan, self.stage, accelerator, seed=seed)
+        self._watch = LoopWatch()
         self._loss = StepLoss(
             model,
             plan.task,
@@ -128,10 +119,10 @@ class Session:
         """Optimizer steps of the whole run."""
         if self._max_steps is not None:
             return self._max_steps
-        if not self._steps_per_epoch:
+        if not self.data.steps_per_epoch:
             raise MethodError("How many steps the epochs have is known after session.loader(…): call it before.")
         assert self._epochs is not None
-        return math.ceil(self._epochs * self._steps_per_epoch)
+        return math.ceil(self._epochs * self.data.steps_per_epoch)
 
     # ---- what the loop is made of ----------------------------------------------------------------------------------
 
@@ -150,6 +141,7 @@ class Session:
         self.engine.adopt(optimizer)
         self._let_ddp_wait_for_nothing()
         self.model, prepared = self.accelerator.prepare(self.bare_model, optimizer)
+        self._watch.listen(optimizer)
         optimizer.register_step_pre_hook(lambda *_: self._before_update())
         optimizer.register_step_post_hook(lambda *_: self._after_update())
         self._base_lr = float(optimizer.param_groups[0]["lr"] or 0.0)
@@ -215,59 +207,9 @@ class Session:
             MethodError: a setting that a resumed run could not repeat.
             DataError: no data, or token ids that the model does not have.
         """
-        if isinstance(dataset, DataLoader):
-            raise MethodError(
-                "session.loader takes the dataset, not a DataLoader, whose order a resumed run could not find again: "
-                "session.loader(dataset, batch_size=…, collate_fn=…)."
-            )
-        if hasattr(dataset, "__len__") and len(dataset) == 0:
-            raise DataError("The training data are empty: session.loader was given a dataset without rows.")
-        self.batch_size = batch_size
-        sized = hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
-        self._rows = Rows(dataset, "dataset") if sized else None
-        ids = limits_of(self.bare_model, self.plan.task, own_loss=True)  # the labels may be meant for your own loss
-        collate, accelerator = collate_fn or self._default_collate(), self.accelerator
-        if hands_on(collate):
-            check_columns(dataset, ids, "dataset")
-        collate = self._collate = Collate(collate, ids, self._rows, "dataset")
-        wanted = order(
-            self.plan,
-            self.stage,
-            self.bare_model,
-            dataset,
-            seed=self.seed,
-            batch_size=batch_size,
-            processes=accelerator.num_processes,
+        return self.data.loader(
+            dataset, batch_size, collate_fn=collate_fn, shuffle=shuffle, max_steps=self._max_steps, **settings
         )
-        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-            check_settings(settings)
-            if self._max_steps is None:
-                raise MethodError("The data have no length, so epochs cannot be counted: give Session max_steps=.")
-            check_without_epochs(self.plan, self.stage, self.bare_model, self._max_steps)
-            self._data = StreamCollate(collate, seed=self.seed, rank=accelerator.process_index)
-            return accelerator.prepare(DataLoader(dataset, batch_size, collate_fn=self._data, **settings))
-        loader = epoch_loader(
-            self._rows,
-            batch_size=batch_size,
-            collate=collate,
-            order=wanted,
-            shuffle=shuffle,
-            seed=self.seed,
-            rank=accelerator.process_index,
-            **settings,
-        )
-        self._data, self._sampler, self.examples = loader.dataset, loader.sampler, len(dataset)  # type: ignore[assignment]
-        prepared = accelerator.prepare(loader)
-        self._steps_per_epoch = math.ceil(len(prepared) / accelerator.gradient_accumulation_steps)
-        return prepared
-
-    def _default_collate(self) -> Callable[[list[Any]], Any]:
-        task = self.plan.task
-        if task.tokenizer is not None and task.name:
-            return task.collator(task.tokenizer, self.bare_model)
-        from transformers import default_data_collator
-
-        return default_data_collator
 
     # ---- the loop --------------------------------------------------------------------------------------------------
 
@@ -289,17 +231,17 @@ class Session:
         before = state.plugin_kwargs
         # Which micro-batch ends a step is known here, also where the batches of a step were fetched ahead.
         state.plugin_kwargs = {**before, "sync_with_dataloader": False}
-        # Whole: a fresh PeftModel says that it trains while the base inside it is in eval mode, as it was loaded.
         self.model.train()
+        self._modules = list(self.model.modules())
         try:
             self.engine.begin(
                 step=self.step,
                 max_steps=self.max_steps,
-                steps_per_epoch=self._steps_per_epoch,
+                steps_per_epoch=self.data.steps_per_epoch,
                 optimizer=self.optimizers[0].optimizer,
                 lr=self._base_lr,
                 seed=self.seed,
-                batch_size=self.batch_size,
+                batch_size=self.data.batch_size,
                 processes=self.accelerator.num_processes,
             )
             while self.step < self.max_steps:
@@ -317,23 +259,14 @@ class Session:
         accumulation = self.accelerator.gradient_accumulation_steps
         first = self.epoch_steps * accumulation
         source = skip_first_batches(loader, first) if first else loader
-        parts: list[Any] = [source, self._sampler]
-        for part in parts:
-            if hasattr(part, "set_epoch"):
-                part.set_epoch(self.epoch)
-        if self._data is not None:
-            self._data.begin(self.epoch, first)
-        if self._rows is not None:
-            self._rows.begin()
-        self._taken = 0
+        self.data.begin(source, self.epoch, first)
         if not first:
             self._restore()
         iterator = iter(source)
         while self.step < self.max_steps and (window := list(islice(iterator, accumulation))):
             self._restore()  # beginning in the middle of an epoch may have drawn random numbers
+            self.data.take(len(window))
             yield from self._one_step(window, getattr(source, "end_of_dataloader", False))
-        if self.end_of_epoch:
-            self.epoch, self.epoch_steps = self.epoch + 1, 0
 
     def _restore(self) -> None:
         if self.random_state is not None:
@@ -341,27 +274,23 @@ class Session:
             self.random_state = None
 
     def _one_step(self, window: list[Any], ends_epoch: bool) -> Iterator[Any]:
-        accumulation, step = self.accelerator.gradient_accumulation_steps, self.step
-        self._window, self._updated = window, False
-        self._taken += len(window)
+        accumulation = self.accelerator.gradient_accumulation_steps
+        self._window = window
+        self._watch.begin(self.step, len(window))
         self._loss.begin(window, micro_batches=accumulation)
-        self.engine.step_begin(step)
+        self.engine.step_begin(self.step)
         for place, batch in enumerate(window):
             last = place == len(window) - 1
             self.end_of_epoch = last and ends_epoch
             self.accelerator.step = accumulation - 1 if last else 0  # so that `accumulate` syncs after the last one
+            self._watch.turn(place)
             self._ready()
             yield batch
             self.engine.after_backward()
             self._loss.advance()
-            if self._updated and not last:
-                raise MethodError(
-                    f"The optimizer was stepped after micro-batch {place + 1} of {len(window)}. Put the body of the "
-                    "loop into `with accelerator.accumulate(session.model):`."
-                )
-        if not self._updated:
-            if not self.optimizers[0].step_was_skipped:
-                raise MethodError(f"Nobody called optimizer.step() in step {step + 1}.")
+        skipped = not self._watch.updated and self.optimizers[0].step_was_skipped
+        self._watch.end(skipped=skipped)
+        if skipped:
             self.engine.after_update(skipped=True)
             self._count_step()  # the gradient scaler skipped an overflow; the step is over all the same
         self._window = []
@@ -370,7 +299,9 @@ class Session:
             self._after_save = None
 
     def _ready(self) -> None:
-        if not (self.model.training and self.bare_model.training):  # an evaluation may have left it so
+        # All of it: a fresh PeftModel says that it trains while the base inside it is still as it was loaded, and an
+        # evaluation may have left any part in eval mode.
+        if not all(module.training for module in self._modules):
             self.model.train()
         self.engine.before_forward()
 
@@ -384,20 +315,21 @@ class Session:
             batch: as `batches` gave it.
             output: of `session.model(**batch)`, where you made the pass yourself.
             loss: your own task loss, as a mean over the batch's labels, shape (); by default the model's.
-        Returns: scalar, shape (), with gradient. Its value is a share, not a mean: log `session.logs()`.
+        Returns: scalar, shape (), with gradient: that share × `gradient_accumulation_steps`, by which
+            `accelerator.backward` divides, and nothing else would. To look at the loss, use `session.logs()`.
         """
         if not self._window:
             raise MethodError("session.loss(batch) belongs into the body of `for batch in session.batches(loader)`.")
         if not isinstance(batch, Mapping):
             raise MethodError(f"session.loss takes a mapping of the model's arguments, not a {type(batch).__name__}.")
-        if loss is None and not self._judged:
-            self._judge_labels(batch)
+        if loss is None:
+            self.data.judge_labels(batch)
         if output is None:
             self._ready()
             output = self.model(**batch)
         mean = own_loss(output, batch, self.plan.task.name) if loss is None else loss
         if self._loss.totals is None:
-            total = mean / len(self._window)
+            total = mean / len(self._window)  # the labels cannot be counted
         else:
             total = self._loss.share(mean, batch)
             if loss is None:
@@ -414,32 +346,26 @@ class Session:
         self.engine.after_forward()
         return total * self.accelerator.gradient_accumulation_steps  # by which accelerator.backward will divide
 
-    def _judge_labels(self, batch: Mapping[str, Any]) -> None:
-        """Once it is known that the loss is the model's own: this batch's labels, the whole column, and what comes."""
-        self._judged = True
-        limits = limits_of(self.bare_model, self.plan.task, own_loss=False)
-        check_batch({name: v.cpu() for name, v in batch.items() if isinstance(v, Tensor)}, limits, "dataset", ())
-        if self._collate is not None:
-            self._collate.limits = limits
-            if self._rows is not None and self._collate.hands_on:
-                check_columns(self._rows.dataset, limits, "dataset")
-
     def _before_update(self) -> None:
-        parts, first = self._loss.parts, self._taken - len(self._window)
-        if self._rows is not None:
-            parts.rows = [self._rows.of_batch(first + place) for place in range(len(self._window))]
-        tensors = list(self.engine.effects.tensors.values())
-        self.engine.check_update(gradient_norm(tensors), parts)
+        self._watch.before_update()
+        parts = self._loss.parts
+        parts.rows = self.data.rows_of_last(len(self._window))
+        self.engine.check_update(gradient_norm(self.engine.effects.tensors.values()), parts)
         self.engine.before_update()
 
     def _after_update(self) -> None:
         self.engine.after_update()
-        self._updated = True
+        self._watch.after_update(self.engine.effects.tensors.values())
         self._count_step()
 
     def _count_step(self) -> None:
         self.step += 1
         self.epoch_steps += 1
+        if self.end_of_epoch:
+            self.epoch, self.epoch_steps = self.epoch + 1, 0
+        for micro_batch in self._loss.parts.losses:
+            self._task_loss = micro_batch[""] + self._task_loss.to(micro_batch[""].device)
+        self._task_steps += bool(self._loss.parts.losses)
         self.engine.step_end(self.step)
 
     def evaluated(self, metrics: Mapping[str, float]) -> None:
@@ -447,8 +373,15 @@ class Session:
         self.engine.evaluated(metrics)
 
     def logs(self) -> dict[str, float]:
-        """The means of the plugins' loss terms and what the plugins logged, since this was last asked."""
-        found = self._loss.drain() | self.engine.run.logged
+        """Since this was last asked: the task's mean `loss`, the means of the plugins' terms, what the plugins logged.
+
+        Those of this process. The average of `loss` over all processes is the mean over all labels of the steps.
+        """
+        found: dict[str, float] = {}
+        if self._task_steps:
+            found["loss"] = float(self._task_loss) / self._task_steps
+            self._task_loss, self._task_steps = torch.zeros(()), 0
+        found |= self._loss.drain() | self.engine.run.logged
         self.engine.run.logged.clear()
         return found
 
@@ -466,8 +399,11 @@ class Session:
             MethodError: in the middle of an accumulated step.
             CheckpointError: it could not be written; earlier ones are as they were.
         """
-        if self._window and not self._updated:
-            raise MethodError("session.save belongs after optimizer.step(), when a step is whole.")
+        if self._window and not self._watch.updated:
+            raise MethodError(
+                "session.save(…) in the middle of a step: it belongs where a step is whole, `if "
+                "accelerator.sync_gradients: session.save(…)`."
+            )
         folder = session_checkpoint.save(self, Path(output_dir), limit)
         self._after_save = rng_state()
         return folder

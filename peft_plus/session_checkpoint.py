@@ -12,10 +12,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .checkpoint import MANIFEST, Checkpoint, seal, unseal, verify
 from .distributed import gather
-from .errors import CheckpointError, MethodError, PluginError
+from .errors import CheckpointError, MethodError
 from .find_checkpoint import newest_whole, rotate
 from .random_state import rng_state
 from .run_identity import compare, identity
@@ -33,6 +34,7 @@ _STATE = "session"
 
 def save(session: Session, output_dir: Path, limit: int | None) -> Path:
     """Write and seal `output_dir/checkpoint-<step>`. See `Session.save`."""
+    _check_whole(session)
     folder = output_dir / f"checkpoint-{session.step}"
     main = session.accelerator.is_main_process
     _together(folder, lambda: unseal(folder) if main else None)
@@ -48,15 +50,13 @@ def _write(session: Session, folder: Path, main: bool) -> None:
         return
     model: Any = session.bare_model
     model.save_pretrained(folder)
-    # Where a step was the last of its epoch, the next one begins another.
-    ended = session.end_of_epoch
     scaler = session.accelerator.scaler
     write_state(
         folder / _STATE,
         {
             "step": session.step,
-            "epoch": session.epoch + int(ended),
-            "epoch_steps": 0 if ended else session.epoch_steps,
+            "epoch": session.epoch,
+            "epoch_steps": session.epoch_steps,
             "optimizers": [optimizer.optimizer.state_dict() for optimizer in session.optimizers],
             "schedulers": [scheduler.scheduler.state_dict() for scheduler in session.schedulers],
             "scaler": None if scaler is None else scaler.state_dict(),
@@ -67,6 +67,7 @@ def _write(session: Session, folder: Path, main: bool) -> None:
 
 def resume(session: Session, source: Path) -> bool:
     """Put a session where a checkpoint was written. See `Session.resume`."""
+    _check_whole(session)
     processes, rank = session.accelerator.num_processes, session.accelerator.process_index
     found = _together(source, lambda: _find(source))
     if found is None:
@@ -90,6 +91,14 @@ def resume(session: Session, source: Path) -> bool:
         logger.warning("%s has no random state for process %d of %d.", folder, rank, processes)
     logger.info("Going on from %s.", folder)
     return True
+
+
+def _check_whole(session: Session) -> None:
+    if any(isinstance(tensor, DTensor) for tensor in session.bare_model.parameters()):
+        raise MethodError(
+            "A Session neither saves nor resumes a model that FSDP2 has split over processes. Use DDP, or there "
+            "peft_plus.Trainer."
+        )
 
 
 def _find(source: Path) -> Checkpoint | None:
@@ -155,13 +164,13 @@ def _identity(session: Session) -> dict[str, Any]:
             "seed": session.seed,
             "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
             "mixed_precision": accelerator.mixed_precision,
-            "batch_size": session.batch_size,
+            "batch_size": session.data.batch_size,
             "optimizer": type(optimizer).__name__,
             "schedulers": [type(scheduler.scheduler).__name__ for scheduler in session.schedulers],
         },
         processes=accelerator.num_processes,
         device=accelerator.device.type,
-        examples=session.examples,
+        examples=session.data.examples,
     )
 
 
@@ -179,7 +188,7 @@ def _together(folder: Path, work: Callable[[], Any]) -> Any:
     answer, error = None, None
     try:
         answer = work()
-    except (CheckpointError, MethodError, PluginError, OSError, SafetensorError, TypeError, ValueError) as raised:
+    except Exception as raised:  # noqa: BLE001 - raised below, once the others know
         error = raised
     failures = [text for text in gather(f"{error}" if error else None) if text]
     if error is not None:

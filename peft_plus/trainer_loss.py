@@ -5,6 +5,7 @@ Its methods are called by the Trainer itself.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from .step_loss import StepLoss
 
 if TYPE_CHECKING:
     from .engine import Engine
+
+logger = logging.getLogger(__name__)
 
 _Trainer: Any = object  # stands before any Trainer class in the order of resolution
 
@@ -42,19 +45,39 @@ class TrainerLoss(_Trainer):
     def _choose_scale(self) -> None:
         """Tell the Trainer by what the loss is divided already."""
         *others, _ = owners(type(self), "compute_loss")  # the last is transformers' own
-        loss = vars(others[0])["compute_loss"] if others else None
+        losses = own_loss.chain([vars(cls)["compute_loss"] for cls in others])
         from_trl = any(cls.__module__.startswith("trl.") for cls in others)
         self._divides = scales_by_items(self.model)
-        if not self._divides and not from_trl and not own_loss.divides_by(loss, own_loss.ITEMS):
+        if not self._divides and not from_trl and not any(own_loss.divides_by(f, own_loss.ITEMS) for f in losses):
             # transformers#47688: the model takes **kwargs but ignores num_items_in_batch, so its mean loss would
             # count once per micro-batch and per process.
             self.model_accepts_loss_kwargs = False
-        if self.loss_is_scaled_for_ga is None and own_loss.divides_by(loss, *own_loss.ACCUMULATION):
+        if self.loss_is_scaled_for_ga is None and any(own_loss.divides_by(f, *own_loss.ACCUMULATION) for f in losses):
             self.loss_is_scaled_for_ga = True
-        if self.loss_is_scaled_for_ga is None and own_loss.ignores_items(loss):
+        own = bool(losses) and not own_loss.hands_over(losses[-1])  # else it ends in transformers' own, see `ExactLoss`
+        if self.loss_is_scaled_for_ga is None and own and all(map(own_loss.ignores_items, losses)):
             self.loss_is_scaled_for_ga = False  # it never sees a count, so it is the mean of a micro-batch
+        if self.loss_is_scaled_for_ga is None and own and not from_trl:
+            self._tell_what_is_trusted(losses)
         if self.compute_loss_func is not None:
             self._loss_func, self.compute_loss_func = self.compute_loss_func, self._exact_loss_func
+
+    def _tell_what_is_trusted(self, losses: list[Any]) -> None:
+        """Warn of an own loss of which it cannot be read whether it divides by the step's count."""
+        micro_batches = self.args.gradient_accumulation_steps
+        if micro_batches == 1 or not self.model_accepts_loss_kwargs:
+            return  # nothing is trusted
+        counts = (own_loss.ITEMS, *own_loss.ACCUMULATION)
+        divides = any(own_loss.divides_by(loss, *counts, handed_on=False) for loss in losses)
+        may_divide = any(own_loss.divides_by(loss, *counts) or not own_loss.is_readable(loss) for loss in losses)
+        if may_divide and not divides:
+            logger.warning(
+                "Whether %s divides by num_items_in_batch cannot be read from its source, so it is trusted to, as "
+                "transformers does. If it returns the mean of a micro-batch, its gradients are %d times too large: set "
+                "loss_is_scaled_for_ga = False in the class (True says that all is right).",
+                getattr(losses[-1], "__qualname__", "compute_loss"),
+                micro_batches,
+            )
 
     def _gathered(self, numbers: Tensor) -> Tensor:
         gathered: Any = self.accelerator.gather(numbers.to(self.args.device)[None])
@@ -132,7 +155,7 @@ class TrainerLoss(_Trainer):
         mean = True  # nobody told it by what to divide
         if num_items_in_batch is not None:
             if self._mean_func is None and loss.detach().isfinite() and loss.detach() != 0:  # 0 and NaN tell nothing
-                self._mean_func = own_loss.is_mean(self._loss_func, outputs, labels, num_items_in_batch, loss)
+                self._mean_func = own_loss.is_mean(self._loss_func, outputs, labels, num_items_in_batch, loss.device)
             mean = self._mean_func is not False
         batch = self._first_pass.batch
         return self._step_loss.share(loss / self._multiplied(num_items_in_batch), batch) if mean else loss

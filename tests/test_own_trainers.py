@@ -5,6 +5,7 @@ Where a class takes something away on which a plan depends, an error says so.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -128,6 +129,26 @@ class DividesAndSaysSo(DividesByTheAccumulation):
     loss_is_scaled_for_ga = True
 
 
+class MeanFurtherDown(Mean):
+    """Changes nothing of the mean that its base computes."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+
+
+class SaysThatItsHelperIsAMean(transformers.Trainer):
+    """Nobody could read that: it hands the count to a helper, which looks away."""
+
+    loss_is_scaled_for_ga = False
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return self.mean(model, inputs, return_outputs, num_items_in_batch)
+
+    def mean(self, model, inputs, return_outputs, count):
+        outputs = model(**inputs)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
 class OwnStep(transformers.Trainer):
     """Replaces the step, by the Trainer's rule for what is divided."""
 
@@ -151,7 +172,14 @@ BIG_BATCH = (
     CopiesTheTrainer,
     OwnStep,
 )
-MEAN_OF_MEANS = (Mean, MeanOfTheModel, DividesByTheAccumulation, DividesAndSaysSo)
+MEAN_OF_MEANS = (
+    Mean,
+    MeanOfTheModel,
+    MeanFurtherDown,
+    SaysThatItsHelperIsAMean,
+    DividesByTheAccumulation,
+    DividesAndSaysSo,
+)
 
 
 def of_big_batch(model: nn.Module, batches: Sequence[dict[str, Tensor]], task: str) -> Gradients:
@@ -184,6 +212,58 @@ def test_the_gradient_of_an_own_loss(own, oracle, name, task, accumulation, tmp_
     (got,) = recorder.gradients
     check_pulled(got)
     assert distance(got, oracle(untouched, recorder.batches, task)) < 1e-6
+
+
+class HandsTheCountToAHelper(SaysThatItsHelperIsAMean):
+    loss_is_scaled_for_ga = None
+
+
+def made_of_text() -> type[transformers.Trainer]:
+    """A class whose source nobody finds."""
+    names: dict[str, Any] = {"transformers": transformers}
+    exec(
+        "class Unreadable(transformers.Trainer):\n"
+        "    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):\n"
+        "        return model(**inputs).loss\n",
+        names,
+    )
+    return names["Unreadable"]
+
+
+@pytest.mark.parametrize("own", [HandsTheCountToAHelper, made_of_text()])
+def test_a_loss_that_cannot_be_read_is_told_of(own, tmp_path, caplog):
+    def told(trainer_class, accumulation, base):
+        caplog.clear()
+        args = quiet(tmp_path, gradient_accumulation_steps=accumulation)
+        with_plugins(trainer_class)(get_model(base, "lora"), args)
+        return [record.getMessage() for record in caplog.records if "cannot be read" in record.getMessage()]
+
+    llama = tiny("llama", "CAUSAL_LM")
+    (message,) = told(own, 4, copy.deepcopy(llama))
+    assert "compute_loss divides by num_items_in_batch" in message
+    assert "4 times too large: set loss_is_scaled_for_ga = False" in message
+    assert told(own, 1, copy.deepcopy(llama)) == []
+    for readable in (Mean, Divides, Tripled, CopiesTheTrainer, SaysThatItsHelperIsAMean, transformers.Trainer):
+        for base in (copy.deepcopy(llama), tiny("bert")):
+            assert told(readable, 4, base) == []
+
+
+def test_a_mean_that_draws_random_numbers_is_known_for_one(tmp_path):
+    """Two calls of it differ, but not by the count."""
+
+    def noisy(outputs, labels, num_items_in_batch=None):
+        return F.cross_entropy(outputs.logits + 1e-4 * torch.randn_like(outputs.logits), labels)
+
+    untouched = model_of("bert", "SEQ_CLS")
+    recorder = run(
+        get_model(model_of("bert", "SEQ_CLS"), "full"),
+        rows_of("bert", "SEQ_CLS"),
+        tmp_path,
+        trainer={"compute_loss_func": noisy},
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=4,
+    )
+    assert distance(recorder.gradients[0], expected(untouched, recorder.batches, "SEQ_CLS")) < 1e-2
 
 
 class Tripled(transformers.Trainer):

@@ -22,6 +22,7 @@ def main() -> int:
     options = parser.parse_args()
     if version("peft") != VERSION:
         parser.error(f"these are the tests of peft {VERSION}, and peft {version('peft')} is installed")
+    options.out = options.out.resolve()  # the tests run in a folder of their own
     options.out.mkdir(parents=True, exist_ok=True)
     outcomes: dict[str, dict[str, str]] = {}
     for mode in MODES:

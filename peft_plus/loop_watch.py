@@ -1,0 +1,93 @@
+"""What the body of a bare loop forgets or does twice is told: it would train on wrong gradients without a word."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .errors import MethodError
+
+_BODY = "Put the body of the loop into `with accelerator.accumulate(session.model):`."
+
+
+class LoopWatch:
+    """Follows one optimizer step after another.
+
+    Attributes:
+        size: micro-batches of the step at work; 0 between steps.
+        updated: whether the optimizer has made this step.
+    """
+
+    def __init__(self) -> None:
+        self.size, self.updated = 0, False
+        self._place = 0  # of the micro-batch in hand
+        self._step = 0
+        self._cleared = True  # since the last update
+        self._held: tuple[nn.Parameter, Tensor] | None = None  # a gradient that the last update used
+
+    def listen(self, optimizer: Optimizer) -> None:
+        """Learn of each `zero_grad` that really acts: Accelerate's own wrapper leaves them out inside a step."""
+        zero_grad = optimizer.zero_grad
+
+        @functools.wraps(zero_grad)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            if self.size > 1 and self._place and not self.updated:
+                raise MethodError(
+                    f"optimizer.zero_grad() before optimizer.step() would throw away the gradients of {self._place} of "
+                    f"the {self.size} micro-batches of step {self._step + 1}. Put it after optimizer.step()."
+                )
+            self._cleared = True
+            return zero_grad(*args, **kwargs)
+
+        optimizer.zero_grad = noted
+
+    def begin(self, step: int, size: int) -> None:
+        """`step` steps are finished; the next one has `size` micro-batches."""
+        self._step, self.size, self.updated, self._place = step, size, False, 0
+
+    def turn(self, place: int) -> None:
+        """The body of the loop gets the micro-batch number `place` of the step."""
+        self._place = place
+
+    def before_update(self) -> None:
+        """Right before `optimizer.step()`."""
+        if not self.size:
+            raise MethodError(f"optimizer.step() belongs into the body of the loop, once for each step. {_BODY}")
+        if self.updated:
+            raise MethodError(
+                f"optimizer.step() was called twice in step {self._step + 1}: the same gradients would act twice, and "
+                "schedules run ahead."
+            )
+        if self._place < self.size - 1:
+            raise MethodError(f"The optimizer was stepped after micro-batch {self._place + 1} of {self.size}. {_BODY}")
+        if self._held is not None and not self._cleared:
+            tensor, gradient = self._held
+            if tensor.grad is gradient:  # nor was it cleared in any other way
+                raise MethodError(
+                    f"optimizer.zero_grad() was not called after step {self._step}: its gradients would be added to "
+                    f"those of step {self._step + 1}. Call it after optimizer.step()."
+                )
+
+    def after_update(self, tensors: Collection[nn.Parameter]) -> None:
+        """Right after `optimizer.step()`.
+
+        Args:
+            tensors: what may train.
+        """
+        self.updated, self._cleared = True, False
+        held = min((t for t in tensors if t.grad is not None), key=lambda t: t.numel(), default=None)
+        self._held = None if held is None or held.grad is None else (held, held.grad)
+
+    def end(self, *, skipped: bool) -> None:
+        """The body has seen the step's last micro-batch.
+
+        Args:
+            skipped: whether a gradient scaler left the update out.
+        """
+        if not self.updated and not skipped:
+            raise MethodError(f"Nobody called optimizer.step() in step {self._step + 1}.")
+        self.size = 0

@@ -1,0 +1,150 @@
+"""The data of a bare loop: prepared, in an order that a resumed run finds again, with names for their rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from .compose import Plan
+from .data_columns import check_columns
+from .data_limits import check_batch, limits_of
+from .effects import check_without_epochs
+from .epoch_data import Keyed, StreamCollate, check_settings, epoch_loader
+from .errors import DataError, MethodError
+from .named_rows import Collate, Rows, hands_on
+from .sampling import order
+from .stages import Stage
+
+
+class SessionData:
+    """What a Session trains on.
+
+    Args:
+        model: as built, not wrapped.
+        plan, stage: what runs.
+        seed: of their order and of random collators.
+    Attributes:
+        batch_size: rows of a micro-batch of one process; 0 before there is a loader.
+        examples: rows, or None where the data have no length.
+        steps_per_epoch: optimizer steps; 0 where the data have no length, or there is no loader yet.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, stage: Stage, accelerator: Accelerator, *, seed: int) -> None:
+        self._model, self._plan, self._stage, self._accelerator = model, plan, stage, accelerator
+        self._seed = seed
+        self.batch_size, self.steps_per_epoch = 0, 0
+        self.examples: int | None = None
+        self._keyed: Keyed | None = None
+        self._sampler: Any = None
+        self._rows: Rows | None = None
+        self._collate: Collate | None = None
+        self._judged = False  # whether the labels were compared with what the model takes
+        self._taken = 0  # micro-batches of the epoch at work
+
+    def loader(
+        self,
+        dataset: Any,
+        batch_size: int,
+        *,
+        collate_fn: Callable[[list[Any]], Any] | None,
+        shuffle: bool,
+        max_steps: int | None,
+        **settings: Any,
+    ) -> Any:
+        """See `Session.loader`.
+
+        Args:
+            max_steps: what the user said, if anything: data without a length need it.
+        """
+        if isinstance(dataset, DataLoader):
+            raise MethodError(
+                "session.loader takes the dataset, not a DataLoader, whose order a resumed run could not find again: "
+                "session.loader(dataset, batch_size=…, collate_fn=…)."
+            )
+        if hasattr(dataset, "__len__") and len(dataset) == 0:
+            raise DataError("The training data are empty: session.loader was given a dataset without rows.")
+        self.batch_size = batch_size
+        sized = hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
+        self._rows = Rows(dataset, "dataset") if sized else None
+        ids = limits_of(self._model, self._plan.task, own_loss=True)  # the labels may be meant for your own loss
+        collate, accelerator = collate_fn or self._default_collate(), self._accelerator
+        if hands_on(collate):
+            check_columns(dataset, ids, "dataset")
+        collate = self._collate = Collate(collate, ids, self._rows, "dataset")
+        wanted = order(
+            self._plan,
+            self._stage,
+            self._model,
+            dataset,
+            seed=self._seed,
+            batch_size=batch_size,
+            processes=accelerator.num_processes,
+        )
+        if self._rows is None:
+            check_settings(settings)
+            if max_steps is None:
+                raise MethodError("The data have no length, so epochs cannot be counted: give Session max_steps=.")
+            check_without_epochs(self._plan, self._stage, self._model, max_steps)
+            self._keyed = StreamCollate(collate, seed=self._seed, rank=accelerator.process_index)
+            return accelerator.prepare(DataLoader(dataset, batch_size, collate_fn=self._keyed, **settings))
+        loader = epoch_loader(
+            self._rows,
+            batch_size=batch_size,
+            collate=collate,
+            order=wanted,
+            shuffle=shuffle,
+            seed=self._seed,
+            rank=accelerator.process_index,
+            **settings,
+        )
+        self._keyed, self._sampler, self.examples = loader.dataset, loader.sampler, len(dataset)  # type: ignore[assignment]
+        prepared = accelerator.prepare(loader)
+        self.steps_per_epoch = math.ceil(len(prepared) / accelerator.gradient_accumulation_steps)
+        return prepared
+
+    def _default_collate(self) -> Callable[[list[Any]], Any]:
+        task = self._plan.task
+        if task.tokenizer is not None and task.name:
+            return task.collator(task.tokenizer, self._model)
+        from transformers import default_data_collator
+
+        return default_data_collator
+
+    def begin(self, loader: Any, epoch: int, first: int) -> None:
+        """Before `loader` is iterated in an epoch, from its micro-batch number `first` on."""
+        parts: list[Any] = [loader, self._sampler]
+        for part in parts:
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
+        if self._keyed is not None:
+            self._keyed.begin(epoch, first)
+        if self._rows is not None:
+            self._rows.begin()
+        self._taken = 0
+
+    def take(self, number: int) -> None:
+        """So many more micro-batches were taken from the loader."""
+        self._taken += number
+
+    def rows_of_last(self, number: int) -> Sequence[Sequence[int]]:
+        """The rows of the dataset in each of the last `number` micro-batches taken, as far as they are known."""
+        if self._rows is None:
+            return ()
+        return [self._rows.of_batch(place) for place in range(self._taken - number, self._taken)]
+
+    def judge_labels(self, batch: Mapping[str, Any]) -> None:
+        """Once it is known that the loss is the model's own: this batch's labels, the whole column, and what comes."""
+        if self._judged:
+            return
+        self._judged = True
+        limits = limits_of(self._model, self._plan.task, own_loss=False)
+        check_batch({name: v.cpu() for name, v in batch.items() if isinstance(v, Tensor)}, limits, "dataset", ())
+        if self._collate is not None:
+            self._collate.limits = limits
+            if self._rows is not None and self._collate.hands_on:
+                check_columns(self._rows.dataset, limits, "dataset")
