@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import stat
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -110,7 +111,8 @@ def seal(folder: str | Path, identity: Mapping[str, Any], step: int) -> Checkpoi
     for place, _, _ in os.walk(folder):
         _sync_folder(Path(place))
     listed = {path: {"size": size, "sha256": digest} for path, (size, digest) in files.items()}
-    text = _manifest({"format": FORMAT, "step": step, "identity": identity, "files": listed})
+    body = {"format": FORMAT, "step": step, "sealed_at": time.time_ns(), "identity": identity, "files": listed}
+    text = _manifest(body)
     temporary = folder / f".{MANIFEST}.tmp"
     with open(temporary, "w", encoding="utf-8", newline="\n") as file:
         file.write(text)
@@ -122,6 +124,24 @@ def seal(folder: str | Path, identity: Mapping[str, Any], step: int) -> Checkpoi
     _sync_folder(folder.parent)
     shutil.rmtree(folder.with_name(REPLACED + folder.name), ignore_errors=True)
     return Checkpoint(folder, step, identity, files)
+
+
+def sealed_at(folder: str | Path) -> int:
+    """When a checkpoint was sealed, in nanoseconds since 1970: as its manifest tells, else when its folder changed.
+
+    Tells which of two courses of a run is the later one. A time of the files alone would not survive a copy.
+    """
+    folder = Path(folder)
+    try:
+        told = json.loads((folder / MANIFEST).read_bytes())["sealed_at"]
+        if type(told) is int:
+            return told
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # told by `verify`, where it matters
+        pass
+    try:
+        return folder.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def verify(folder: str | Path) -> Checkpoint:
@@ -159,6 +179,8 @@ def _read_manifest(folder: Path) -> Checkpoint:
         step, identity = content["step"], content["identity"]
         if type(step) is not int or step < 0 or not isinstance(identity, dict) or not content["files"]:
             raise ValueError("step, identity or files are not what they should be")
+        if type(content["sealed_at"]) is not int:
+            raise ValueError("when it was sealed is no number")
         if _manifest({key: value for key, value in content.items() if key != "sha256"}) != text:
             raise ValueError("its own SHA-256 differs")
         files: dict[str, tuple[int, str]] = {}

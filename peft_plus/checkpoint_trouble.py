@@ -13,9 +13,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from .checkpoint import MANIFEST
-from .errors import CheckpointError
+from .errors import CheckpointError, MethodError
 
-_UNREADABLE = (OSError, SafetensorError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError)
+_UNREADABLE = (OSError, SafetensorError, ValueError, KeyError, RuntimeError, EOFError)
 
 
 def try_to_write(folder: str | os.PathLike[str]) -> None:
@@ -39,8 +39,13 @@ def loading(folder: str) -> Generator[None]:
         raise CheckpointError(gone(folder))
     try:
         yield
-    except CheckpointError:
+    except (CheckpointError, MethodError):
         raise
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{folder} holds a pickle with more in it than tensors and plain values, which could run code. It was not "
+            "loaded. Train anew, or resume from a checkpoint that you trust."
+        ) from error
     except _UNREADABLE as error:
         raise CheckpointError(
             f"{folder} could not be loaded: {type(error).__name__}: {error}. It does not fit this run, or it changed "

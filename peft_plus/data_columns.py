@@ -97,13 +97,13 @@ def _chunks(dataset: Any, column: str) -> Iterator[tuple[int, Any]]:
     """The values of a column piece by piece, each with the number of its first row."""
     if isinstance(dataset, list | tuple):
         yield 0, [row.get(column) if isinstance(row, Mapping) else None for row in dataset]
-    elif _is_table(dataset):
+    elif is_table(dataset):
         plain = dataset.select_columns([column]).with_format("arrow")
         for start in range(0, len(plain), _CHUNK):
             yield start, plain[start : start + _CHUNK][column]
 
 
-def _is_table(dataset: Any) -> bool:
+def is_table(dataset: Any) -> bool:
     """Whether its columns are stored as they are read, and not made on the fly."""
     from datasets import Dataset
 
@@ -114,7 +114,7 @@ def _as_stored(dataset: Any) -> Any:
     """What lies below a shuffled or selected dataset, all rows in their first order: read about 80 times faster."""
     from datasets import Dataset
 
-    if not _is_table(dataset) or dataset._indices is None or len(dataset.data) > 4 * len(dataset):
+    if not is_table(dataset) or dataset._indices is None or len(dataset.data) > 4 * len(dataset):
         return None
     return Dataset(dataset.data, info=dataset.info, fingerprint=f"{dataset._fingerprint}-stored")
 

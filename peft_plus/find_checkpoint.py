@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from .checkpoint import MANIFEST, REPLACED, Checkpoint, is_unfinished, verify
+from .checkpoint import MANIFEST, REPLACED, Checkpoint, is_unfinished, sealed_at, verify
 from .errors import CheckpointError
 from .stock_checkpoint import is_stock, lacking
 
@@ -43,7 +43,10 @@ def check(folder: str | Path, *, processes: int = 1, own_layout: bool = False) -
 
 
 def newest_whole(run_dir: str | Path, *, processes: int = 1, own_layout: bool = False) -> Checkpoint | None:
-    """The checkpoint of the highest step that is whole. Damaged and unfinished ones stay where they are.
+    """The whole checkpoint that was sealed last. Damaged and unfinished ones stay where they are.
+
+    Not that of the highest step: a run that went back, or began anew, takes another course, and an earlier one of the
+    same folder may have come further.
 
     Args:
         run_dir: the run's `output_dir`.
@@ -54,7 +57,7 @@ def newest_whole(run_dir: str | Path, *, processes: int = 1, own_layout: bool = 
     """
     torn: list[str] = []
     lost = False
-    for folder in reversed(_checkpoints(Path(run_dir))):
+    for folder in sorted(_checkpoints(Path(run_dir)), key=_age, reverse=True):
         try:
             found = check(folder, processes=processes, own_layout=own_layout)
         except CheckpointError as error:
@@ -95,15 +98,14 @@ def rotate(run_dir: str | Path, limit: int | None, keep: Collection[str | Path])
         return
     kept = {Path(folder).resolve() for folder in keep}
     found = _checkpoints(Path(run_dir))
-    spare = sorted((folder for folder in found if folder.resolve() not in kept), key=_sealed_at)
+    spare = sorted((folder for folder in found if folder.resolve() not in kept), key=_worth)
     for folder in spare[: max(0, len(found) - limit)]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _checkpoints(run_dir: Path) -> list[Path]:
-    """The folders of all checkpoints, by step; of one step the one set aside comes first."""
-    found = [p for p in run_dir.iterdir() if _step(p.name) is not None and p.is_dir()] if run_dir.is_dir() else []
-    return sorted(found, key=lambda p: (_step(p.name), not p.name.startswith(REPLACED)))
+    """The folders of all checkpoints, also of one that was set aside."""
+    return [p for p in run_dir.iterdir() if _step(p.name) is not None and p.is_dir()] if run_dir.is_dir() else []
 
 
 def _step(name: str) -> int | None:
@@ -111,9 +113,11 @@ def _step(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def _sealed_at(folder: Path) -> tuple[int, int]:
-    """Order of deletion. By step alone, a run that goes back and takes another course would lose its newest."""
-    try:
-        return (folder / MANIFEST).stat().st_mtime_ns, _step(folder.name) or 0
-    except OSError:
-        return 0, _step(folder.name) or 0
+def _age(folder: Path) -> tuple[int, int]:
+    """What is newer is greater."""
+    return sealed_at(folder), _step(folder.name) or 0
+
+
+def _worth(folder: Path) -> tuple[bool, int, int]:
+    """What has more worth is greater: one that cannot be whole has none."""
+    return (folder / MANIFEST).is_file() or is_stock(folder), *_age(folder)

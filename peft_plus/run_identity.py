@@ -15,7 +15,9 @@ from torch import nn
 
 from .compose import Plan
 from .errors import CheckpointError
+from .saving import base_trains, fingerprint
 from .stages import Stage
+from .tuning import is_peft
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,8 @@ _HARMLESS = (
     *("eval_accumulation_steps", "prediction_loss_only", "eval_do_concat", "eval_use_gather", "per_device_eval"),
     *("torch_empty_cache", "enable_jit_checkpoint", "use_cpu"),  # the device itself is compared
 )
+# What an optimizer and its schedule take back from their saved state, whatever is asked for now.
+_KEPT = ("learning_rate:", "weight_decay:", "adam_beta1:", "adam_beta2:", "adam_epsilon:", "optimizer settings.")
 _STEADY = ("constant", "constant_with_warmup", "reduce_lr_on_plateau")  # schedules that do not ask how long a run is
 
 
@@ -45,6 +49,7 @@ def identity(
     processes: int,
     device: str,
     examples: int | None = None,
+    sample: str | None = None,
 ) -> dict[str, Any]:
     """Plain values that tell one run from another; equal to what JSON makes of them.
 
@@ -56,6 +61,7 @@ def identity(
         processes: how many train together.
         device: type of the device, and how many of them one process uses.
         examples: rows in the training data, where they can be counted.
+        sample: a digest of some of them; see `data_sample`.
     Returns: three groups. `run` must stay as it is; `course` may change, with a warning; `versions` likewise.
     """
     run: dict[str, Any] = {"model": type(model).__name__, "adapters": _adapters(model)}
@@ -75,7 +81,10 @@ def identity(
             distribution, _, number = plan.origins.get(plugin.name, "").partition(" ")
             run["plugin"][plugin.name] = {"distribution": distribution, **plugin.settings()}
             versions |= {distribution: number} if number else {}
+    elif is_peft(model) and not base_trains(model):
+        run["base"] = {"fingerprint": fingerprint(model)}
     course = {**settings, "processes": processes, "device": device, "training examples": examples}
+    course["training data, a sample"] = sample
     return _plain({"run": run, "course": course, "versions": versions})
 
 
@@ -93,6 +102,23 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any], where: str) -> None:
     Raises:
         CheckpointError: another model, tuner, task, stage or plugin, or other settings of them; names each.
     """
+    refuse_another_run(old, new, where)
+    course = list(_differences(_shared(old, new, "course"), _shared(new, old, "course")))
+    versions = list(_differences(_shared(old, new, "versions"), _shared(new, old, "versions")))
+    if course and not versions and _only_longer(old["course"], new["course"]):
+        logger.info("%s is trained on for longer: %s.", where, ", ".join(course))
+    elif course or versions:
+        logger.warning(
+            "Resuming %s with changes. Unless a line says that it has no effect, the run will not end as it would have "
+            "without the interruption (training longer or elsewhere is fine, if that is what you want). In the "
+            "checkpoint → now:\n%s",
+            where,
+            "\n".join(f"  {line}{_effect(line)}" for line in course + versions),
+        )
+
+
+def refuse_another_run(old: Mapping[str, Any], new: Mapping[str, Any], where: str) -> None:
+    """The part of `compare` that raises."""
     wrong = list(_differences(old.get("run", {}), new["run"]))
     if wrong:
         raise CheckpointError(
@@ -101,17 +127,15 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any], where: str) -> None:
             + "\nBuild the model as it was to go on with this checkpoint, or start anew without "
             "resume_from_checkpoint and with another output_dir."
         )
-    course = list(_differences(_shared(old, new, "course"), _shared(new, old, "course")))
-    versions = list(_differences(_shared(old, new, "versions"), _shared(new, old, "versions")))
-    if course and not versions and _only_longer(old["course"], new["course"]):
-        logger.info("%s is trained on for longer: %s.", where, ", ".join(course))
-    elif course or versions:
-        logger.warning(
-            "Resuming %s with changes, so the run will not end as it would have without the interruption "
-            "(training longer or elsewhere is fine, if that is what you want). In the checkpoint → now:\n%s",
-            where,
-            "\n".join(f"  {line}" for line in course + versions),
-        )
+
+
+def _effect(line: str) -> str:
+    """What to say of a difference that changes nothing."""
+    if not line.startswith(_KEPT):
+        return ""
+    return (
+        " (no effect: the optimizer goes on with what the checkpoint holds; start anew from its weights to change it)"
+    )
 
 
 def _adapters(model: nn.Module) -> dict[str, Any]:

@@ -223,6 +223,12 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def base_trains(model: nn.Module) -> bool:
+    """Whether any weight of the base may train, so that its fingerprint tells one state of it from another."""
+    heads = find_heads(model)
+    return any(t.requires_grad and part_of(n, model, heads) == "base" for n, t in model.named_parameters())
+
+
 def dtype_of(model: nn.Module) -> str:
     """The floating-point types of the base's parameters, e.g. `bfloat16` or `bfloat16+float32`."""
     heads = find_heads(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,6 +72,7 @@ def resume(session: Session, source: Path) -> bool:
     processes, rank = session.accelerator.num_processes, session.accelerator.process_index
     found = _together(source, lambda: _find(source))
     if found is None:
+        logger.warning("There is no checkpoint in %s yet, so training begins.", source)
         return False
     folder = found.folder
     _together(folder, lambda: compare(found.identity, _identity(session), str(folder)))
@@ -102,7 +104,7 @@ def _check_whole(session: Session) -> None:
 
 
 def _find(source: Path) -> Checkpoint | None:
-    if (source / MANIFEST).exists() or source.name.startswith("checkpoint-"):
+    if (source / MANIFEST).exists() or re.fullmatch(r"checkpoint-\d+", source.name):
         return verify(source)
     return newest_whole(source)
 
@@ -166,11 +168,13 @@ def _identity(session: Session) -> dict[str, Any]:
             "mixed_precision": accelerator.mixed_precision,
             "batch_size": session.data.batch_size,
             "optimizer": type(optimizer).__name__,
+            "optimizer settings": optimizer.defaults,
             "schedulers": [type(scheduler.scheduler).__name__ for scheduler in session.schedulers],
         },
         processes=accelerator.num_processes,
         device=accelerator.device.type,
         examples=session.data.examples,
+        sample=session.data.sample,
     )
 
 

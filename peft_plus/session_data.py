@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from .compose import Plan
 from .data_columns import check_columns
 from .data_limits import check_batch, limits_of
+from .data_sample import data_sample
 from .effects import check_without_epochs
 from .epoch_data import Keyed, StreamCollate, check_settings, epoch_loader
 from .errors import DataError, MethodError
@@ -32,6 +33,7 @@ class SessionData:
         batch_size: rows of a micro-batch of one process; 0 before there is a loader.
         examples: rows, or None where the data have no length.
         steps_per_epoch: optimizer steps; 0 where the data have no length, or there is no loader yet.
+        sample: a digest of some rows; see `data_sample`.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, stage: Stage, accelerator: Accelerator, *, seed: int) -> None:
@@ -39,6 +41,7 @@ class SessionData:
         self._seed = seed
         self.batch_size, self.steps_per_epoch = 0, 0
         self.examples: int | None = None
+        self.sample: str | None = None
         self._keyed: Keyed | None = None
         self._sampler: Any = None
         self._rows: Rows | None = None
@@ -68,7 +71,7 @@ class SessionData:
             )
         if hasattr(dataset, "__len__") and len(dataset) == 0:
             raise DataError("The training data are empty: session.loader was given a dataset without rows.")
-        self.batch_size = batch_size
+        self.batch_size, self.sample = batch_size, data_sample(dataset)
         sized = hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
         self._rows = Rows(dataset, "dataset") if sized else None
         ids = limits_of(self._model, self._plan.task, own_loss=True)  # the labels may be meant for your own loss

@@ -7,7 +7,9 @@ fresh one and says nothing.
 from __future__ import annotations
 
 import json
+import re
 import zipfile
+import zlib
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -20,7 +22,7 @@ _INDEX = "model.safetensors.index.json"
 
 def is_stock(folder: Path) -> bool:
     """Whether transformers' own Trainer wrote it."""
-    ours = (MANIFEST, UNFINISHED, "optimizer.json", "scheduler.json")
+    ours = (MANIFEST, UNFINISHED, "optimizer.json", "scheduler.json", "training_args.json", "session.json")
     return folder.is_dir() and not any((folder / name).exists() for name in ours)
 
 
@@ -37,10 +39,11 @@ def lacking(folder: Path, processes: int, own_layout: bool) -> list[str]:
     pickled = [fault for name in ("optimizer.pt", "scheduler.pt", *states) for fault in _archive(folder / name)]
     if any(fault.startswith("rng_state") for fault in pickled) and any(folder.glob("rng_state*.pth")):
         pickled.append(f"it was written by another number of processes than the {processes} of now")
-    return _weights(folder) + _state(folder) + pickled
+    return lacking_weights(folder) + _state(folder) + pickled
 
 
-def _weights(folder: Path) -> list[str]:
+def lacking_weights(folder: Path) -> list[str]:
+    """What is missing of the model alone."""
     if (folder / "pytorch_model.bin").exists() or (folder / "adapter_model.bin").exists():
         return ["its weights are pickled; only safetensors are read"]
     names = [name for name in _WEIGHTS if (folder / name).is_file()]
@@ -68,15 +71,24 @@ def _tensors(path: Path) -> list[str]:
 def _state(folder: Path) -> list[str]:
     path = folder / "trainer_state.json"
     try:
-        return [] if "global_step" in json.loads(path.read_text(encoding="utf-8")) else [f"{path.name} is damaged"]
+        step = json.loads(path.read_text(encoding="utf-8"))["global_step"]
     except FileNotFoundError:
         return [f"{path.name} is missing"]
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return [f"{path.name} is damaged"]
+    named = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    if type(step) is not int or step < 0 or (named and int(named[1]) != step):
+        return [f"{path.name} tells the step {step!r}, which is not that of its folder"]
+    return []
 
 
 def _archive(path: Path) -> list[str]:
-    """`torch.save` writes a zip archive, whose directory comes last: a truncated one is seen without unpickling."""
+    """`torch.save` writes a zip archive with checksums: damage is seen without unpickling."""
     if not path.is_file():
         return [f"{path.name} is missing"]
-    return [] if zipfile.is_zipfile(path) else [f"{path.name} is damaged"]
+    try:
+        with zipfile.ZipFile(path) as archive:
+            sound = archive.testzip() is None
+    except (zipfile.BadZipFile, zlib.error, OSError, NotImplementedError):
+        sound = False
+    return [] if sound else [f"{path.name} is damaged"]

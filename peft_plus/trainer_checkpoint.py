@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,12 +17,14 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy, has_length
 
 from .arguments import plan_of
-from .checkpoint import MANIFEST, UNFINISHED, Checkpoint, seal, unseal, verify
+from .checkpoint import REPLACED, Checkpoint, seal, unseal, verify
 from .checkpoint_trouble import gone, loading, try_to_write, writing
+from .data_sample import data_sample
 from .distributed import gather
 from .errors import CheckpointError
 from .find_checkpoint import begun, check, newest_whole, rotate
-from .run_identity import compare, identity, training_settings
+from .run_identity import compare, identity, refuse_another_run, training_settings
+from .stock_checkpoint import is_stock, lacking_weights
 from .trainer_data import RepeatableData
 
 logger = logging.getLogger(__name__)
@@ -96,6 +98,7 @@ class SealedCheckpoints(RepeatableData):
             processes=self.args.world_size,
             device=f"{self.args.device.type} × {max(self.args.n_gpu, 1)}",
             examples=len(data) if data is not None and has_length(data) else None,
+            sample=data_sample(data),
         )
 
     def _init_training_state(
@@ -127,16 +130,25 @@ class SealedCheckpoints(RepeatableData):
         recorded = json.loads(Path(resume, _STATE).read_text(encoding="utf-8")).get("best_model_checkpoint")
         if not recorded or not self.args.load_best_model_at_end:
             return
-        moved = Path(resume).parent / Path(recorded).name
-        best = Path(recorded) if Path(recorded).is_dir() else moved
-        try:
-            self._on_savers(lambda: self._check_best(best))
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"{resume} tells that the best model so far is in {recorded}, which cannot be used: {error} Bring it "
-                "back, or set load_best_model_at_end=False."
-            ) from error
-        self.state.best_model_checkpoint = str(best)
+        # A copy of a run has its own; and a kill may have left it set aside, in the middle of being replaced.
+        places = [Path(resume).with_name(Path(recorded).name), Path(recorded)]
+        places = [place.with_name(prefix + place.name) for place in places for prefix in ("", REPLACED)]
+        self.state.best_model_checkpoint = self._on_savers(lambda: self._whole_best(places, resume, recorded))
+
+    def _whole_best(self, places: Sequence[Path], resume: str, recorded: str) -> str:
+        faults: list[str] = []
+        for place in places:
+            try:
+                self._check_best(place)
+            except CheckpointError as error:
+                faults.append(str(error))
+            else:
+                return str(place)
+        fault = next((text for text in faults if "does not exist" not in text), faults[0])
+        raise CheckpointError(
+            f"{resume} tells that the best model so far is in {recorded}, which cannot be used: {fault} Bring it "
+            "back, or set load_best_model_at_end=False."
+        )
 
     def _mend_callbacks(self, resume: str) -> None:
         """Say which callbacks' state the Trainer drops, and let it save those that the interrupted run did not have."""
@@ -232,8 +244,15 @@ class SealedCheckpoints(RepeatableData):
             super()._load_best_model()
 
     def _check_best(self, folder: Path) -> None:
-        if not folder.is_dir() or (folder / MANIFEST).exists() or (folder / UNFINISHED).exists():
-            verify(folder)
+        """The best model of this run, whole."""
+        if is_stock(folder):
+            faults = lacking_weights(folder)
+            if faults:
+                raise CheckpointError(f"{folder} is incomplete: {'; '.join(faults)}.")
+            return
+        found = verify(folder)
+        if found.identity:
+            refuse_another_run(found.identity, self._identity or self._describe(), str(folder))
 
     # ---- common --------------------------------------------------------------------------------------------------
 

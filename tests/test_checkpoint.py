@@ -286,6 +286,16 @@ def test_the_newest_whole_one_is_found_and_torn_ones_are_told_in_one_warning(
     assert (tmp_path / "checkpoint-11").is_dir()
 
 
+def test_what_was_sealed_last_is_the_newest_whatever_its_step(tmp_path: Path) -> None:
+    for step in (8, 6):  # went back to 4, and took another course
+        sealed(tmp_path / f"checkpoint-{step}", step)
+    shutil.copytree(tmp_path, tmp_path / "copy")  # with other times of the files
+    for folder in (tmp_path, tmp_path / "copy"):
+        found = newest_whole(folder)
+        assert found is not None
+        assert found.step == 6
+
+
 def test_without_any_checkpoint_nothing_is_found(tmp_path: Path) -> None:
     assert newest_whole(tmp_path) is None
     assert newest_whole(tmp_path / "not there") is None
@@ -308,9 +318,8 @@ def names(folder: Path) -> list[str]:
 
 
 def test_rotation_deletes_unfinished_then_oldest_and_keeps_what_it_must(tmp_path: Path) -> None:
-    for seconds, step in enumerate((30, 10, 20, 40)):  # 30 is of an earlier course of the run
-        folder = sealed(tmp_path / f"checkpoint-{step}", step)
-        os.utime(folder / MANIFEST, (1000 + seconds, 1000 + seconds))
+    for step in (30, 10, 20, 40):  # 30 is of an earlier course of the run
+        sealed(tmp_path / f"checkpoint-{step}", step)
     unseal(tmp_path / "checkpoint-50")
     written(tmp_path / "not-a-checkpoint")
     last = tmp_path / "checkpoint-40"
@@ -364,6 +373,33 @@ def test_an_incomplete_stock_checkpoint_is_refused_by_name(name: str, damage: st
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(CheckpointError, match=rf"incomplete: .*{name}.*is {damage}"):
         check(path.parent)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_changed_byte_in_a_stock_checkpoint_is_seen(name: str, tmp_path: Path) -> None:
+    path = stock(tmp_path / "checkpoint-3") / name
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.ones(1).numpy().tobytes() * 3)] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{name} is damaged"):
+        check(path.parent)
+
+
+@pytest.mark.parametrize(
+    ("state", "says"),
+    [
+        ('{"global_step": 1000000000000}', "tells the step 1000000000000, which is not that of its folder"),
+        ('{"global_step": "3"}', "tells the step '3'"),
+        ('{"global_step": -3}', "tells the step -3"),
+        ('{"step": 3}', "is damaged"),
+        ("[" * 100_000, "is damaged"),
+    ],
+)
+def test_a_stock_state_that_cannot_be_is_refused(state: str, says: str, tmp_path: Path) -> None:
+    folder = stock(tmp_path / "checkpoint-3")
+    (folder / "trainer_state.json").write_text(state, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=says):
+        check(folder)
 
 
 @pytest.mark.parametrize(("wrote", "now", "lacks"), [(1, 2, "rng_state_0.pth"), (2, 1, "rng_state.pth"), (2, 3, "_2")])
@@ -472,7 +508,9 @@ def test_changes_of_course_are_told_in_one_warning(caplog: pytest.LogCaptureFixt
     ):
         assert f"\n  {line}" in warning
     assert "lr_scheduler_type: 'linear' → 'cosine'" in warning
-    assert "will not end as it would have without the interruption" in warning
+    assert "learning_rate: 5e-05 → 0.001 (no effect" in warning
+    assert "seed: 42 → 7\n" in warning
+    assert "the run will not end as it would have without the interruption" in warning
 
 
 def test_other_versions_are_told(caplog: pytest.LogCaptureFixture) -> None:

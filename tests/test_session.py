@@ -579,12 +579,32 @@ def test_another_run_is_refused_and_nothing_changes(tmp_path: Path) -> None:
         Loop(folder=tmp_path, resume=True, scheduler=None).run()
 
 
-def test_an_empty_folder_has_nothing_to_resume(tmp_path: Path) -> None:
+def test_an_empty_folder_has_nothing_to_resume(tmp_path: Path, caplog: Any) -> None:
     session = Session(built(), accelerator(), max_steps=3)
     session.optimizer(torch.optim.AdamW, lr=1e-2)
     session.loader(rows_of(), 4, collate_fn=collate)
-    assert session.resume(tmp_path) is False
-    assert session.resume(tmp_path / "never made") is False
+    for name in ("", "never made", "chekpoint-2", "checkpoint-run"):
+        caplog.clear()
+        assert session.resume(tmp_path / name) is False
+        assert f"There is no checkpoint in {tmp_path / name} yet" in caplog.text
+    with pytest.raises(CheckpointError, match="checkpoint-2 does not exist"):
+        session.resume(tmp_path / "checkpoint-2")
+
+
+def test_a_checkpoint_that_lost_its_manifest_is_told_for_what_it_is(tmp_path: Path) -> None:
+    Loop(save_at=(2,), stop_at=2, folder=tmp_path).run()
+    (tmp_path / "checkpoint-2" / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="it has no manifest"):
+        Loop(folder=tmp_path, resume=True).run()
+
+
+def test_another_rate_has_no_effect_and_that_is_told(tmp_path: Path, caplog: Any) -> None:
+    Loop(save_at=(2,), stop_at=2, folder=tmp_path).run()
+    same = Loop(folder=tmp_path, resume=True).run()
+    assert caplog.text == ""
+    faster = Loop(folder=tmp_path, resume=True, settings={"lr": 1.0}).run()
+    assert "optimizer settings.lr: 0.01 → 1.0 (no effect" in caplog.text
+    assert equal(trained(same), trained(faster))
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------------
@@ -661,12 +681,16 @@ def test_gradients_may_be_cleared_in_any_way(clear: str) -> None:
 
 def test_clearing_the_gradients_of_earlier_micro_batches_is_told() -> None:
     session, optimizer, loader = prepared(accumulation=4)
-    with pytest.raises(MethodError, match=r"throw away the gradients of 3 of the 4 micro-batches of step 1"):
+
+    def loop() -> None:
         for data in session.batches(loader):
             with session.accelerator.accumulate(session.model):
                 optimizer.zero_grad()
                 session.accelerator.backward(session.loss(data))
                 optimizer.step()
+
+    with pytest.raises(MethodError, match=r"throw away the gradients of 3 of the 4 micro-batches of step 1"):
+        loop()
 
 
 def test_two_updates_in_one_step_are_told() -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import peft
 import pytest
 import torch
 import transformers
@@ -369,7 +370,7 @@ def test_a_bomb_in_a_stock_checkpoint_never_runs(name: str, stock: tuple[Any, Pa
     if name == "training_args.bin":
         trained(stock[1].parent, resume=stock[1])
     else:
-        with pytest.raises(CheckpointError, match="could not be loaded"):
+        with pytest.raises(CheckpointError, match=r"holds a pickle .* which could run code\. It was not"):
             trained(stock[1].parent, resume=stock[1])
     assert not (tmp_path / "exploded").exists()
 
@@ -413,9 +414,36 @@ def test_changed_arguments_are_told_and_the_run_goes_on(
 ) -> None:
     made = trained(run[1], resume=True, learning_rate=2e-2, rows=6)
     (warning,) = warned(caplog)
-    assert "learning_rate: 0.01 → 0.02" in warning
-    assert "training examples: 8 → 6" in warning
+    assert "learning_rate: 0.01 → 0.02 (no effect: the optimizer goes on with what the checkpoint holds" in warning
+    assert warning.endswith("training examples: 8 → 6")
     assert made.state.global_step == 6
+
+
+@pytest.mark.parametrize("change", [{"learning_rate": 1.0}, {"weight_decay": 0.9}, {"adam_beta1": 0.1}])
+def test_what_is_said_to_have_no_effect_has_none(
+    change: dict[str, Any], run: tuple[Any, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert identical(run[0], trained(run[1], resume=True, **change))
+    (warning,) = warned(caplog)
+    assert "(no effect" in warning
+
+
+def test_other_data_of_the_same_length_are_told(run: tuple[Any, Path], caplog: pytest.LogCaptureFixture) -> None:
+    made = trainer(run[1])
+    made.train_dataset = data(8, seed=3)
+    made.train(resume_from_checkpoint=True)
+    (warning,) = warned(caplog)
+    assert "training data, a sample: " in warning
+
+
+def test_another_base_is_refused_without_a_plan_too(tmp_path: Path) -> None:
+    def plain(seed: int) -> Any:
+        model = peft.get_peft_model(tiny("bert", seed=seed), peft.LoraConfig(task_type="SEQ_CLS"))
+        return Trainer(model, quiet(tmp_path, max_steps=2, save_strategy="steps", save_steps=1), train_dataset=data())
+
+    plain(0).train()
+    with pytest.raises(CheckpointError, match=r"base\.fingerprint"):
+        plain(1).train(resume_from_checkpoint=True)
 
 
 def test_training_for_longer_equals_a_longer_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -472,6 +500,11 @@ class Break(TrainerCallback):
     [
         (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x"), r"adapter_model\.safetensors has 1"),
         (shutil.rmtree, "does not exist"),
+        (lambda folder: (folder / "manifest.json").unlink(), "it has no manifest"),
+        (
+            lambda folder: [(folder / name).unlink() for name in ("manifest.json", "adapter_model.safetensors")],
+            "it has no manifest",
+        ),
     ],
 )
 def test_a_damaged_best_model_is_not_loaded(how: Callable[[Path], Any], named: str, tmp_path: Path) -> None:
@@ -504,6 +537,73 @@ def test_a_run_that_was_moved_finds_its_best_model(tmp_path: Path) -> None:
     resumed = trained(tmp_path / "moved", resume=True, **BEST)
     assert Path(resumed.state.best_model_checkpoint).parent == tmp_path / "moved"
     assert same(everything_of(whole.model), everything_of(resumed.model))
+
+
+def test_a_copied_run_keeps_its_own_best_model(tmp_path: Path) -> None:
+    whole = trained(tmp_path / "run", **BEST)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    shutil.rmtree(tmp_path / "run")
+    trained(tmp_path / "run", learning_rate=0.3, **BEST)  # another run where the best model is recorded to be
+    resumed = trained(tmp_path / "copy", resume=True, **BEST)
+    assert Path(resumed.state.best_model_checkpoint).parent == tmp_path / "copy"
+    assert same(everything_of(whole.model), everything_of(resumed.model))
+
+
+def test_the_best_model_of_another_run_is_refused(tmp_path: Path) -> None:
+    best = Path(trained(tmp_path / "run", **BEST).state.best_model_checkpoint)
+    step = int(best.name.removeprefix("checkpoint-"))
+    trained(tmp_path / "other", ["lora", "llrd"], **BEST, save_total_limit=9)
+    shutil.rmtree(best)
+    shutil.copytree(tmp_path / f"other/checkpoint-{step}", best)
+    later = next(p for p in (tmp_path / "run").glob("checkpoint-*") if int(p.name.removeprefix("checkpoint-")) > step)
+    with pytest.raises(CheckpointError, match=r"cannot be used: .*belongs to another run(.|\n)*plugins"):
+        trained(tmp_path / "run", resume=later, **BEST)
+
+
+class Killed(Exception):
+    """Stands for kill -9: nothing of ours looks at it."""
+
+
+def test_a_kill_while_the_best_checkpoint_is_replaced_loses_nothing(tmp_path: Path) -> None:
+    """A run begins anew in a used folder and is killed in its first save: its predecessor's are still whole."""
+    whole = trained(tmp_path / "run", **BEST, max_steps=2)
+    assert Path(whole.state.best_model_checkpoint).name == "checkpoint-2"
+    again = trainer(tmp_path / "run", **BEST, max_steps=2)
+
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    again._save_rng_state = killed
+    with pytest.raises(Killed):
+        again.train()
+    assert (tmp_path / "run/replaced-checkpoint-2").is_dir()
+    resumed = trained(tmp_path / "run", resume=True, **BEST, max_steps=2)
+    assert same(everything_of(whole.model), everything_of(resumed.model))
+
+
+# --- courses ---
+
+
+def test_of_two_courses_the_later_one_is_resumed(tmp_path: Path) -> None:
+    """The run goes back to step 4 and takes another course, which is killed before it comes as far as the first."""
+    trained(tmp_path / "run")
+    second = trained(tmp_path / "other", max_grad_norm=0.05, resume=tmp_path / "run/checkpoint-4", num_train_epochs=2)
+    going_back = trainer(tmp_path / "run", max_grad_norm=0.05, callbacks=[Stop(7)])
+    with pytest.raises(Killed):
+        going_back.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-4"))
+    assert (tmp_path / "run/checkpoint-8").is_dir()
+    assert identical(second, trained(tmp_path / "run", max_grad_norm=0.05, resume=True))
+
+
+class Stop(TrainerCallback):
+    """Kills a run before a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            raise Killed
 
 
 # --- asked for less ---
