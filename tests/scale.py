@@ -162,8 +162,15 @@ def run(
     *,
     trainer_class: type[Any] = peft_plus.Trainer,
     trainer: Mapping[str, Any] | None = None,
+    still: Mapping[str, Any] = STILL,
     **settings: Any,
 ) -> Recorder:
+    """Train, and record.
+
+    Args:
+        trainer: more for the Trainer class.
+        still: keeps the weights; {} for a class that does not take it, where a single update is compared.
+    """
     recorder, given = Recorder(), dict(trainer or {})
     trainer_class(
         model=model,
@@ -171,7 +178,7 @@ def run(
         train_dataset=rows if isinstance(rows, Dataset) else list(rows),
         data_collator=recorder.collate,
         callbacks=[recorder, *given.pop("callbacks", [])],
-        **STILL,
+        **still,
         **given,
     ).train()
     return recorder

@@ -22,6 +22,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
 import peft_plus
@@ -64,7 +65,7 @@ class Case:
     task: str
     loss: Loss
     accumulation: int
-    trainer: Literal["Trainer", "SFTTrainer", "Session"] = "Trainer"
+    trainer: Literal["Trainer", "Seq2SeqTrainer", "SFTTrainer", "Session"] = "Trainer"
     together: bool = True
 
     def __str__(self) -> str:
@@ -77,6 +78,7 @@ LOSSES: tuple[Loss, ...] = ("plain", "label_smoothing", "compute_loss_func", "me
 WINDOWS = (1, 4)
 CASES = [
     *(Case(*model, loss, window) for model, loss, window in product(MODELS, LOSSES, WINDOWS)),
+    *(Case("t5", "SEQ_2_SEQ_LM", loss, window, "Seq2SeqTrainer") for loss, window in product(LOSSES, WINDOWS)),
     *(Case("llama", "CAUSAL_LM", loss, window, "SFTTrainer") for loss, window in product((*LOSSES, "dft"), WINDOWS)),
     *(
         Case(*model, loss, window, "Session")
@@ -106,6 +108,8 @@ def step(case: Case, folder: Any, processes: int = 1) -> Recorder:
         given["compute_loss_func"] = own_loss_func(shift=case.task == "CAUSAL_LM", mean=mean)
     settings: dict[str, Any] = {}
     trainer_class: Any = peft_plus.Trainer
+    if case.trainer == "Seq2SeqTrainer":
+        trainer_class, settings = with_plugins(Seq2SeqTrainer), {"kind": Seq2SeqTrainingArguments, "still": {}}
     if case.trainer == "SFTTrainer":
         import trl
 
