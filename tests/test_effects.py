@@ -472,6 +472,27 @@ def test_an_interrupted_run_leaves_the_flags_as_they_were(tmp_path):
     assert {n for n, p in model.named_parameters() if p.requires_grad} == names
 
 
+def test_an_attempt_with_smaller_batches_begins_anew(tmp_path):
+    """auto_find_batch_size: memory runs out at step 2, when the second depth is still frozen."""
+
+    class RunsOut(TrainerCallback):
+        attempts = 0
+
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 2 and not self.attempts:
+                self.attempts += 1
+                raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    model = unfreeze(tiny("bert"), "lora", 3, llrd={})
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    ran_out, watch = RunsOut(), Watch()
+    settings = {"auto_find_batch_size": True, "per_device_train_batch_size": 8, "max_steps": 8}
+    trainer_of(model, "bert", "SEQ_CLS", tmp_path, callbacks=[watch, ran_out], **settings).train()
+    assert ran_out.attempts == 1
+    check_schedule(watch, names, [0, 0, 0, 0, 0, 1, 1, 1, 2, 2])
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(names)
+
+
 # ---- learning rates ----------------------------------------------------------------------------------------------
 
 DECAY = 0.6
