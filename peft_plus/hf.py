@@ -25,7 +25,7 @@ from .arguments import (
     plan_of,
 )
 from .checkpoint_trouble import loading
-from .distributed import check_accelerator
+from .distributed import check_accelerator, check_sharded_resume, load_sharded_weights, rest_stateless
 from .engine import Engine
 from .errors import MethodError
 from .forward import FirstPass
@@ -173,10 +173,14 @@ class Bridge(SealedCheckpoints, Safeguards, TrainerLoss, _Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with loading(resume_from_checkpoint):
+            check_sharded_resume(self.accelerator, self.model, resume_from_checkpoint)
             if isinstance(self.model, PeftModel):
-                check_adapter_folder(resume_from_checkpoint, self.model)
+                check_adapter_folder(resume_from_checkpoint, self.model, engine_owned=self.is_fsdp_enabled)
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-            if (Path(resume_from_checkpoint) / THAWED).is_file():
+            if self.is_fsdp_enabled:
+                load_sharded_weights(self.accelerator, self.model, resume_from_checkpoint)
+                rest_stateless(self.accelerator, self.model, resume_from_checkpoint)
+            elif (Path(resume_from_checkpoint) / THAWED).is_file():
                 load_thawed(model or self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:

@@ -102,7 +102,8 @@ def open_source(
         by_name: whether the user named the task only, so that a trained head in the folder may tell the rest.
 
     Raises:
-        MethodError: the folder does not exist or holds an adapter, or the task does not fit the architecture.
+        MethodError: the folder does not exist or holds an adapter, alone or beside the base; or the task does not fit
+            the architecture.
         OSError: the hub does not know the id or cannot be reached.
     """
     from transformers import AutoConfig
@@ -110,6 +111,7 @@ def open_source(
     name = os.fspath(name)
     _check_folder(name)
     wanted = {k: v for k, v in model_kwargs.items() if k in _CONFIG_KWARGS}
+    _check_no_adapter(name, wanted)
     stored = AutoConfig.from_pretrained(name, **wanted)
     new_head = bool(model_kwargs.get("ignore_mismatched_sizes"))
     task = agree_with_config(task, stored, by_name=by_name, new_head=new_head)
@@ -136,7 +138,7 @@ def load(source: Source, quantization: BitsAndBytesConfig | None, kwargs: Mappin
     Args:
         kwargs: for `from_pretrained`: `device_map`, `dtype` and the user's `model_kwargs`.
     Raises:
-        MethodError: one of them is unknown.
+        MethodError: one of them is unknown, or transformers put an adapter into the base.
     """
     from transformers import PreTrainedModel
 
@@ -154,6 +156,8 @@ def load(source: Source, quantization: BitsAndBytesConfig | None, kwargs: Mappin
             f"model_kwargs holds {stranger!r}, which neither from_pretrained nor {type(source.skeleton).__name__} "
             f"takes.{nearest(stranger, [*known, *_FROM_PRETRAINED])} No weights were loaded."
         ) from error
+    if getattr(model, "_hf_peft_config_loaded", False):  # on the hub since the check, or by adapter_kwargs
+        raise MethodError(_adapter_beside(source.name, "an adapter"))
     return prepare_quantised(model)
 
 
@@ -253,8 +257,8 @@ def _check_folder(name: str) -> None:
     if path.is_dir():
         if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
             raise MethodError(
-                f"{name!r} holds a PEFT adapter, not a base model. Reload it with "
-                f"PeftModel.from_pretrained(base, {name!r})."
+                f"{name!r} holds a PEFT adapter, not a base model. Put it on its base with "
+                f"peft_plus.from_pretrained(base, {name!r})."
             )
         if not (path / "config.json").is_file() and not any(path.glob("*.gguf")):
             raise MethodError(
@@ -262,6 +266,28 @@ def _check_folder(name: str) -> None:
             )
     elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or not name:
         raise MethodError(f"The folder {name!r} does not exist.")
+
+
+def _check_no_adapter(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse an adapter beside the weights: `from_pretrained` of transformers puts it into the base, unasked.
+
+    Args:
+        options: what `AutoConfig.from_pretrained` gets, so that the same revision is looked at.
+    """
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    wanted = {k: v for k, v in options.items() if k not in ("gguf_file", "subfolder", "trust_remote_code")}
+    for subfolder in dict.fromkeys(("", options.get("subfolder") or "")):  # transformers looks in both
+        if find_adapter_config_file(name, subfolder=subfolder, **wanted) is not None:
+            raise MethodError(_adapter_beside(name, os.path.join(subfolder, "adapter_config.json")))
+
+
+def _adapter_beside(name: str, file: str) -> str:
+    return (
+        f"{name!r} holds {file} beside the base model, and transformers would put that adapter into the base. If you "
+        "want it, move it into a folder of its own and load it with peft_plus.from_pretrained(base, folder); else "
+        "delete the file."
+    )
 
 
 def _tasks_of(config: PretrainedConfig) -> list[str]:

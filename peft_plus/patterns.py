@@ -11,13 +11,15 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from .adapter_folder import shortened
 from .errors import MethodError
+from .module_tree import skeleton
+from .rehearsal import Bounded, explained
 
 SECONDS = 10.0
 """How long all expressions of one folder may take together; honest ones take milliseconds."""
@@ -39,10 +41,30 @@ _ENDS = ("match", r"(.*\.)?({})$")
 _NEVER = "(?!)"
 _MAX_LENGTH = 100_000
 
+_COMPILED = ("modules_to_save", "layers_pattern")
+"""Fields whose names PEFT makes into expressions, as it does with the keys of a mapping."""
+
+_MAX_COMPILED = 500
+"""`re` keeps 512 compiled expressions. PEFT tries all of them on every module, so with more, each is compiled anew for
+each module: a minute where it was a second."""
+
+_LONG_MAPPING = 100
+"""Mappings with more keys are given to PEFT by value: one expression for all names that have it."""
+
 _CHILD = """
 import json, re, sys
-names, expressions = json.load(sys.stdin)
-json.dump([[n for n in names if getattr(re, how)(e, n)] for how, e in expressions], sys.stdout)
+names, groups = json.load(sys.stdin)
+found = []
+for first_only, expressions in groups:
+    left, matched = names, []
+    for how, expression in expressions:
+        match = getattr(re.compile(expression), how)
+        matched.append([n for n in left if match(n)])
+        if first_only and matched[-1]:
+            taken = set(matched[-1])
+            left = [n for n in left if n not in taken]
+    found.append(matched)
+json.dump(found, sys.stdout)
 """
 
 
@@ -53,51 +75,132 @@ def tame(config: Any, base: nn.Module) -> None:
         config: a PEFT config, as a folder tells it.
         base: the model whose names are matched.
     Raises:
-        MethodError: an expression is none, takes too long, or stands where PEFT wants a plain name.
+        MethodError: an expression is none, takes too long, or stands where PEFT wants a plain name; or there are more
+            names than this base could have a use for.
     """
-    _check_plain_names(config)
+    names = _names(base, config)
+    _check_number(config, names)
+    _check_plain_names(config, max(map(len, names), default=0))
     kind = getattr(config.peft_type, "value", str(config.peft_type))
-    wanted: dict[tuple[str, str | None], tuple[str, str]] = {}
+    wanted: dict[str, dict[str, tuple[str, str]]] = {}  # field → what stands there → how it is matched
     for field, value in vars(config).items():
         if field in _WHOLE_NAMES and isinstance(value, str) and not _is_word(value):
-            wanted[field, None] = ("fullmatch", value)
+            wanted[field] = {value: ("fullmatch", value)}
         elif field.endswith("_pattern") and isinstance(value, dict):
+            exact = kind == "ADALORA" and field == "rank_pattern"  # looked up, not matched
             for key in value:
                 if not isinstance(key, str) or (kind == "ADALORA" and not _is_plain(key)):
                     raise MethodError(f"{field} has the key {shortened(key)}, which is no name of a module.")
-                if not _is_plain(key):
+                if not _is_plain(key) or (len(value) > _LONG_MAPPING and not exact):
                     how, expression = _KEYED.get((kind, field), _ENDS)
-                    wanted[field, key] = (how, expression.format(key))
-    if not wanted:
-        return
-    found = dict(zip(wanted, _matches(list(wanted.values()), _names(base, config)), strict=True))
-    for field in {field for field, _ in found}:
-        value = getattr(config, field)
+                    wanted.setdefault(field, {})[key] = (how, expression.format(key))
+    groups = [(len(getattr(config, field)) > _LONG_MAPPING, list(group.values())) for field, group in wanted.items()]
+    for (field, group), lists in zip(wanted.items(), _matches(groups, names), strict=True):
+        value, matched = getattr(config, field), dict(zip(group, lists, strict=True))
         if isinstance(value, str):
-            matched = found[field, None]
-            if not matched and field == "target_modules":
+            if not matched[value] and field == "target_modules":
                 raise MethodError(
                     f"target_modules={shortened(value)} matches no module of this {type(base).__name__}. Is it the "
                     "right base?"
                 )
-            setattr(config, field, "|".join(map(re.escape, matched)) or _NEVER)
+            setattr(config, field, "|".join(map(re.escape, matched[value])) or _NEVER)
+        elif len(value) > _LONG_MAPPING:
+            setattr(config, field, _by_value(value, matched))
         else:
             tamed: dict[str, Any] = {}
             for key, number in value.items():  # the first that matches counts, as in PEFT
-                tamed.setdefault(_anchored(found[field, key]) if (field, key) in found else key, number)
+                tamed.setdefault(_anchored(matched[key]) if key in matched else key, number)
             setattr(config, field, tamed)
+    _check_compiled(config, kind)
 
 
-def _check_plain_names(config: Any) -> None:
+def _check_number(config: Any, names: Sequence[str]) -> None:
+    """PEFT tries every name of a field on every module: refuse a field that holds more names than the base."""
+    for field, value in vars(config).items():
+        count = max(_count_words(value), len(_listed(config, field)) if field in _PLAIN_NAMES else 0)
+        if field == "layers_to_transform" and isinstance(value, list):
+            count = len(value)
+        if count > len(names):
+            raise MethodError(
+                f"{field} in the adapter's config holds {count:,} entries, more than the {len(names):,} modules and "
+                "parameters of this base: PEFT would try each on every module. Is it the right base? Else delete "
+                "those that it does not have from adapter_config.json."
+            )
+
+
+def _count_words(value: Any) -> int:
+    count, rest = 0, [value] if isinstance(value, (list, set, tuple, dict)) else []
+    while rest:  # no recursion: a folder chooses the depth
+        inner = rest.pop()
+        if isinstance(inner, dict):
+            rest += [*inner, *inner.values()]
+        elif isinstance(inner, (list, set, tuple)):
+            rest += inner
+        else:
+            count += isinstance(inner, str)
+    return count
+
+
+def _check_plain_names(config: Any, longest: int) -> None:
+    """Args: longest: characters of the longest name in the base."""
     for field in _PLAIN_NAMES:
-        value = getattr(config, field, None)
-        listed = [value] if field == "layers_pattern" and isinstance(value, str) else value
-        for name in listed if isinstance(listed, (list, set, tuple, dict)) else ():
-            if isinstance(name, str) and not _is_plain(name):
+        for name in _listed(config, field):
+            _check_length(name, field, longest)
+            if not _is_plain(name):
                 raise MethodError(
                     f"{field} holds {shortened(name)}, which is no name of a module. A regular expression may stand in "
                     "target_modules and exclude_modules, as one string, and in the keys of rank_pattern and the like."
                 )
+    for field, value in vars(config).items():
+        if isinstance(value, str) and field in _WHOLE_NAMES:
+            words = [value]
+        else:
+            words = value if isinstance(value, dict) and field.endswith("_pattern") else ()
+        for word in words:
+            if isinstance(word, str) and _is_plain(word[:_MAX_LENGTH]):  # else an expression, which may be longer
+                _check_length(word, field, longest)
+
+
+def _check_length(name: str, field: str, longest: int) -> None:
+    """Compiling a name takes PEFT as long as the name is."""
+    if len(name) > 2 * longest + 100:  # its dots may be escaped, and PEFT's own prefix may stand before it
+        raise MethodError(
+            f"{field} holds a name of {len(name):,} characters, {shortened(name, 40)}; the longest of this base has "
+            f"{longest}."
+        )
+
+
+def _listed(config: Any, field: str) -> list[str]:
+    """The names in a field, as PEFT goes through them: the letters of a string where it expects a list."""
+    value = getattr(config, field, None)
+    if isinstance(value, str):
+        if field in _WHOLE_NAMES:
+            return []
+        value = [value] if field == "layers_pattern" else list(value)
+    return [name for name in value if isinstance(name, str)] if isinstance(value, (list, set, tuple, dict)) else []
+
+
+def _check_compiled(config: Any, kind: str) -> None:
+    """Refuse more expressions than `re` keeps."""
+    counts = {field: len(_listed(config, field)) for field in _COMPILED}
+    for field, value in vars(config).items():
+        if field.endswith("_pattern") and isinstance(value, dict) and (kind, field) != ("ADALORA", "rank_pattern"):
+            counts[field] = len(value)
+    if sum(counts.values()) > _MAX_COMPILED:
+        told = ", ".join(f"{count} in {field}" for field, count in counts.items() if count)
+        raise MethodError(
+            f"The adapter's config holds more names and values than PEFT can try on every module ({told}; "
+            f"{_MAX_COMPILED} together are possible). Name modules by what their names end in, e.g. 'norm'."
+        )
+
+
+def _by_value(mapping: Mapping[str, Any], matched: Mapping[str, list[str]]) -> dict[str, Any]:
+    """The same value for each name, in as few expressions as there are values."""
+    groups: dict[str, tuple[Any, list[str]]] = {}
+    for key, number in mapping.items():
+        if matched[key]:
+            groups.setdefault(repr(number), (number, []))[1].extend(matched[key])
+    return {_anchored(names): number for number, names in groups.values()}
 
 
 def _is_plain(name: str) -> bool:
@@ -119,9 +222,15 @@ def _anchored(names: Sequence[str]) -> str:
     return f"(?:{'|'.join(ways) or _NEVER})"
 
 
-def _matches(expressions: list[tuple[str, str]], names: list[str]) -> list[list[str]]:
-    """For each (function of `re`, expression) the names that it matches."""
-    for _, expression in expressions:
+def _matches(groups: list[tuple[bool, list[tuple[str, str]]]], names: list[str]) -> list[list[list[str]]]:
+    """For each group, for each (function of `re`, expression) in it, the names that it matches.
+
+    Args: groups: with each, whether a name goes to the first expression that matches it, and to no other.
+    """
+    expressions = [expression for _, group in groups for _, expression in group]
+    if not expressions:
+        return []
+    for expression in expressions:
         if len(expression) > _MAX_LENGTH:
             raise MethodError(f"The adapter's config holds a regular expression of {len(expression):,} characters.")
     if not sys.executable or getattr(sys, "frozen", False):
@@ -131,8 +240,8 @@ def _matches(expressions: list[tuple[str, str]], names: list[str]) -> list[list[
         )
     # Isolated and without site-packages: it starts in milliseconds and can import nothing but the standard library.
     command = [sys.executable, "-I", "-S", "-c", _CHILD]
-    told = json.dumps([names, expressions])
-    first = shortened(expressions[0][1])
+    told = json.dumps([names, groups])
+    first = shortened(expressions[0])
     try:
         done = subprocess.run(command, input=told, capture_output=True, text=True, timeout=SECONDS, check=False)
     except subprocess.TimeoutExpired:
@@ -151,11 +260,11 @@ def _names(base: nn.Module, config: Any) -> list[str]:
     from peft.tuners.tuners_utils import replicate_layers
     from peft.utils.transformers_weight_conversion import _MOE_TARGET_MODULE_MAPPING
 
-    from .module_tree import skeleton
-
     if getattr(config, "layer_replication", None):
-        base = skeleton(base)
-        replicate_layers(base, config.layer_replication)
+        copied = skeleton(base)
+        with explained(f"PEFT cannot replicate the layers of this {type(base).__name__} as asked"), Bounded(base):
+            replicate_layers(copied, config.layer_replication)
+        base = copied
     modules = [name for name, _ in base.named_modules() if name]
     moved = {(new, old) for renamed in _MOE_TARGET_MODULE_MAPPING.values() for old, new in renamed.items()}
     parameters: list[str] = []

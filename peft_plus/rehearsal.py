@@ -40,7 +40,7 @@ class NeedsValues(Exception):
     """The tuner reads the base's weights while it is built, so it cannot be rehearsed without them."""
 
 
-def check_adapter_folder(folder: str | os.PathLike[str], model: nn.Module) -> None:
+def check_adapter_folder(folder: str | os.PathLike[str], model: nn.Module, *, engine_owned: bool = False) -> None:
     """Whether a Trainer may load `folder` into a model that has its adapters already: before it resumes from there.
 
     Reads headers only and changes nothing.
@@ -48,6 +48,7 @@ def check_adapter_folder(folder: str | os.PathLike[str], model: nn.Module) -> No
     Args:
         folder: a checkpoint, or what `save_pretrained` wrote.
         model: the PeftModel that goes on from it.
+        engine_owned: whether FSDP loads the weights: its file belongs there then, and what loads compares the tensors.
     Raises:
         MethodError: a file is damaged or could run code, does not hold the tensors of the model's adapter, or lies
             where a Trainer would load it instead.
@@ -58,7 +59,7 @@ def check_adapter_folder(folder: str | os.PathLike[str], model: nn.Module) -> No
         raise MethodError(f"check_adapter_folder is for models with an adapter; this is a {type(model).__name__}.")
     path = Path(folder)
     for name in _INSTEAD:
-        if (path / name).exists():
+        if (path / name).exists() and not (engine_owned and name == "pytorch_model_fsdp.bin"):
             raise MethodError(
                 f"{path / name} does not belong beside an adapter, and a Trainer would load it instead. Delete it if "
                 "you did not put it there."
@@ -79,10 +80,11 @@ def check_adapter_folder(folder: str | os.PathLike[str], model: nn.Module) -> No
                 f"{place / CONFIG} describes a {shortened(found.config.get('peft_type'))} adapter, the model has "
                 f"{kind!r}."
             )
-        try:
-            _check_tensors(model, found, name, values=False)
-        except NeedsValues:
-            _check_tensors(model, found, name, values=True)
+        if not engine_owned:  # FSDP2's modules cannot be copied
+            try:
+                _check_tensors(model, found, name, values=False)
+            except NeedsValues:
+                _check_tensors(model, found, name, values=True)
         _check_thawed(model, found)
 
 
@@ -103,11 +105,12 @@ def rehearse(base: Any, folder: AdapterFolder, config: Any, adapter_name: str, *
     stage: Any = skeleton(base, values=values)
     cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
     what = f"PEFT cannot build the adapter of {str(folder.path)!r} on this {type(base).__name__}"
-    with _explained(what, values), torch.random.fork_rng(devices=[]):
+    with explained(what, values=values), torch.random.fork_rng(devices=[]):
         if values:
-            model = cls(stage, _own(config), adapter_name)
+            with Bounded(base, folder.weights, dry=False):
+                model = cls(stage, _own(config), adapter_name)
         else:
-            with _Dry(base, folder.weights), torch.device("meta"):
+            with Bounded(base, folder.weights), torch.device("meta"):
                 model = cls(stage, _own(config), adapter_name)
     _check_tensors(model, folder, adapter_name, values=values)
     _check_thawed(model, folder)
@@ -135,7 +138,7 @@ def _check_tensors(model: Any, folder: AdapterFolder, adapter_name: str, *, valu
     def saved(embeddings: bool) -> Mapping[str, torch.Tensor]:
         return get_peft_model_state_dict(stage(), adapter_name=adapter_name, save_embedding_layers=embeddings)
 
-    with _explained(f"{path} does not fit this {type(model.get_base_model()).__name__}", values):
+    with explained(f"{path} does not fit this {type(model.get_base_model()).__name__}", values=values):
         needed, _ = _assigned(stage(), saved(False), adapter_name)
         try:
             known, _ = _assigned(stage(), saved(True), adapter_name)
@@ -164,8 +167,12 @@ def _check_tensors(model: Any, folder: AdapterFolder, adapter_name: str, *, valu
 
 
 @contextmanager
-def _explained(what: str, values: bool) -> Generator[None]:
-    """PEFT's and torch's errors as ours; its warnings come again with the real build."""
+def explained(what: str, *, values: bool = True) -> Generator[None]:
+    """PEFT's and torch's errors as ours; its warnings come again with the real build.
+
+    Args:
+        values: whether the weights were at hand; else what fails for want of them is a NeedsValues.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -175,37 +182,57 @@ def _explained(what: str, values: bool) -> Generator[None]:
     except Exception as error:
         if not values and isinstance(error, (NotImplementedError, RuntimeError)) and "meta" in str(error).lower():
             raise NeedsValues from error
-        raise MethodError(f"{what}: {type(error).__name__}: {str(error)[:500]}") from error
+        raise refusal(what, error) from error
 
 
-class _Dry(TorchDispatchMode):
-    """Gives every new tensor no memory, and stops a build that asks for absurdly many or large ones.
+def refusal(what: str, error: Exception) -> MethodError:
+    """What PEFT or torch raised, as ours."""
+    return MethodError(f"{what}: {type(error).__name__}: {str(error)[:500]}")
+
+
+class Bounded(TorchDispatchMode):
+    """Stops a build that asks for absurdly many or large tensors; where it is dry, gives new ones no memory.
 
     `torch.device("meta")` alone leaves out what names its device, and functions such as `torch.normal`.
+
+    Args:
+        base, weights: what the build is for; absurd is a multiple of the numbers that they hold.
+        dry: whether new tensors get no memory. Else what a tuner computes on the way is counted as well (FRoD on every
+            linear layer: 24 times the base), and the number of steps is not (BOFT: one for each row of a layer).
     """
 
-    def __init__(self, base: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, base: nn.Module, weights: Mapping[str, torch.Tensor] | None = None, *, dry: bool = True) -> None:
         super().__init__()
-        known = [*base.parameters(), *base.buffers(), *weights.values()]
-        self.steps = 2_000 + 50 * len(known)
-        self.numbers = 2**20 + 8 * sum(math.prod(t.shape) for t in known)
+        known = [*base.parameters(), *base.buffers(), *(weights or {}).values()]
+        self.dry = dry
+        self.steps = 2_000 + 50 * len(known) if dry else math.inf
+        self.numbers = 2**20 + (8 if dry else 100) * sum(math.prod(t.shape) for t in known)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, inputs = dict(kwargs or {}), list(_tensors((args, kwargs)))
-        if not inputs and any(argument.name == "device" for argument in func._schema.arguments):
-            kwargs["device"] = torch.device("meta")
-            if "generator" in kwargs:  # there is nothing to draw
-                kwargs["generator"] = None
-        result = func(*args, **kwargs)
-        seen = {t.untyped_storage()._cdata for t in inputs}
-        self.numbers -= sum(math.prod(t.shape) for t in _tensors(result) if t.untyped_storage()._cdata not in seen)
         self.steps -= 1
+        if not inputs and any(argument.name == "device" for argument in func._schema.arguments):
+            hollow = {"device": torch.device("meta"), **({"generator": None} if "generator" in kwargs else {})}
+            result = func(*args, **{**kwargs, **hollow})  # there is nothing to draw
+            self._count(result, inputs)  # before memory is taken
+            return result if self.dry else func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        self._count(result, inputs)
+        return result
+
+    def _count(self, result: Any, inputs: list[torch.Tensor]) -> None:
+        seen = {_memory(t) for t in inputs}
+        self.numbers -= sum(math.prod(t.shape) for t in _tensors(result) if _memory(t) not in seen)
         if self.steps < 0 or self.numbers < 0:
             raise MethodError(
                 f"A number in the adapter's {CONFIG} is absurd: what it asks for is far more than its file holds, and "
                 "than the base itself."
             )
-        return result
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """What two tensors share where one is a view of the other. A sparse tensor has no single storage."""
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
 
 
 def _own(config: Any) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from . import loading
@@ -27,7 +28,7 @@ from .errors import MethodError
 from .module_tree import restored_on_error
 from .patterns import tame
 from .recorded import check_base, name_labels, recorded_plugins, recorded_task
-from .rehearsal import NeedsValues, rehearse
+from .rehearsal import Bounded, NeedsValues, refusal, rehearse
 from .saving import THAWED, fingerprint, load_thawed
 from .tasks import Task, infer_task
 from .tasks.choose import check_loaded
@@ -134,9 +135,16 @@ def _load(
     if is_trainable:
         loading.prepare_quantised(base)
         untouched = fingerprint(base)  # before the tuner, and what was thawed, change it
-    model: Any = PeftModel.from_pretrained(
-        base, str(saved.path), adapter_name=adapter_name, is_trainable=is_trainable, config=config
-    )
+    try:
+        with Bounded(base, saved.weights, dry=False):  # some of PEFT's code waits until there is memory
+            model: Any = PeftModel.from_pretrained(
+                base, str(saved.path), adapter_name=adapter_name, is_trainable=is_trainable, config=config
+            )
+    except (MethodError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        what = f"PEFT cannot load the adapter of {str(saved.path)!r} on this {type(base).__name__}"
+        raise refusal(what, error) from error
     if is_trainable:
         for name in saved.thawed:
             model.get_parameter(name).requires_grad_(True)

@@ -33,6 +33,9 @@ POOLER = "base_model.model.bert.pooler.dense.weight"
 SLOW = "(" * 12 + r"[\w.]+" + ")+" * 12 + "!"
 """Matches nothing; `re` would try for longer than the universe has been there."""
 
+MANY = [f"a{i}" for i in range(100_000)]
+"""More than a megabyte of names; two are read."""
+
 Craft = Callable[[Path], Any]
 
 pytestmark = [
@@ -266,7 +269,7 @@ REFUSED: dict[str, tuple[str, Craft, str]] = {
     "a rank that is a word": ("lora", config(r="8"), "cannot build"),
     "a rank that is a list": ("lora", config(r=[8]), "cannot build"),
     "another rank for one module": ("lora", config(rank_pattern={"query": 10**6}), "is absurd"),
-    "many layers from one": ("lora", config(layer_replication=[[0, 3]] * 50_000), "is absurd"),
+    "one layer many times": ("lora", config(layer_replication=[[0, 3]] * 50_000), "is absurd"),
     "a billion layers in the adapter": ("peanut", config(depth=10**9), "is absurd"),
     "a billion iterations": ("lora", config(init_lora_weights="pissa_niter_1000000000"), "is absurd"),
     "a rank that its file cannot show": ("unilora", config(r=10**6), "is absurd"),
@@ -304,6 +307,58 @@ REFUSED: dict[str, tuple[str, Craft, str]] = {
         config(target_modules="(" * 5000 + ")" * 5000),
         "invalid regular expression",
     ),
+    # names, each of which PEFT would try on every module
+    "many target_modules": (
+        "lora",
+        config(target_modules=["query", "value", *MANY]),
+        "target_modules in the adapter's",
+    ),
+    "many target_modules in IA3": (
+        "ia3",
+        config(target_modules=["key", *MANY], feedforward_modules=[]),
+        "target_modules in the adapter's",
+    ),
+    "many feedforward_modules": (
+        "ia3",
+        config(target_modules=".*key", feedforward_modules=MANY),
+        "feedforward_modules in the adapter's",
+    ),
+    "many exclude_modules": ("lora", config(exclude_modules=MANY), "exclude_modules in the adapter's"),
+    "many modules_to_save": ("lora", config(modules_to_save=["classifier", *MANY]), "modules_to_save in the adapter's"),
+    "many target_parameters": ("lora", config(target_parameters=MANY), "target_parameters in the adapter's"),
+    "many layers": ("lora", config(layers_to_transform=list(range(200_000))), "layers_to_transform in the adapter's"),
+    "many layers_pattern": (
+        "lora",
+        config(layers_to_transform=[0], layers_pattern=["layer", *MANY]),
+        "layers_pattern in the adapter's",
+    ),
+    "many ranks": ("lora", config(rank_pattern=dict.fromkeys(MANY, 4)), "rank_pattern in the adapter's"),
+    "many expressions for ranks": (
+        "lora",
+        config(rank_pattern={f".*{name}": 4 for name in MANY}),
+        "rank_pattern in the adapter's",
+    ),
+    "many alphas": ("lora", config(alpha_pattern=dict.fromkeys(MANY, 4)), "alpha_pattern in the adapter's"),
+    "many frequencies": (
+        "fourierft",
+        config(n_frequency_pattern=dict.fromkeys(MANY, 4)),
+        "n_frequency_pattern in the adapter's",
+    ),
+    "many ranks of AdaLoRA": ("adalora", config(rank_pattern={name: [True] for name in MANY}), "rank_pattern in the"),
+    "many embeddings": (
+        "lora",
+        config(trainable_token_indices={name: [1] for name in MANY}),
+        "trainable_token_indices in the",
+    ),
+    "many letters": ("lora", config(modules_to_save="a" * 100_000), "modules_to_save in the adapter's"),
+    "a name of a million characters": ("lora", config(modules_to_save=["a" * 10**6]), "1,000,000 characters"),
+    "a word of a million characters": ("lora", config(target_modules="a" * 10**6), "1,000,000 characters"),
+    "a rank for a name of a million characters": (
+        "lora",
+        config(rank_pattern={"a" * 10**6: 4}),
+        "1,000,000 characters",
+    ),
+    "layers to repeat that are no numbers": ("lora", config(layer_replication=["a"]), "cannot replicate"),
     "an expression that matches nothing": ("lora", config(target_modules=".*q_proj"), "matches no module"),
     # weights
     "an empty file": ("lora", replace(WEIGHTS, b""), "is damaged"),
@@ -479,7 +534,7 @@ def test_refused(
     shutil.copytree(good[name], folder)
     craft(folder)
     before, imported, stream = state_of(base), set(sys.modules), torch.get_rng_state()
-    with bounded(seconds=10, megabytes=80), pytest.raises(MethodError) as refused:
+    with bounded(seconds=2 if what.startswith("many ") else 10, megabytes=80), pytest.raises(MethodError) as refused:
         from_pretrained(base, folder)
     message = str(refused.value)
     assert any(part in message for part in says.split("|")), message

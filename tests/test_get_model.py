@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from peft import IA3Config, LoraConfig, PeftModel, PeftModelForSequenceClassific
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from peft_plus import MethodError, Plan, attach, get_model, registry
+from peft_plus import MethodError, Plan, attach, from_pretrained, get_model, registry
 from peft_plus.tasks.seq_cls import SequenceClassification
 from peft_plus_freezing.gradual_unfreeze import GradualUnfreeze
 from peft_plus_stability.llrd import LLRD
@@ -471,3 +472,62 @@ def test_a_head_of_another_size_is_refused_before_loading_or_made_anew(tmp_path:
         get_model(tmp_path, "lora", task="SEQ_CLS", num_labels=5)
     model = get_model(tmp_path, "lora", task="SEQ_CLS", num_labels=5, model_kwargs={"ignore_mismatched_sizes": True})
     assert model.config.num_labels == 5
+
+
+# --- What a base must not bring along ---
+
+
+@pytest.fixture
+def beside(folders: dict[str, Path], tmp_path: Path) -> Path:
+    """A base with an adapter in its folder, which plain transformers loads into it without a word."""
+    shutil.copytree(folders["bert"], base := tmp_path / "base")
+    get_peft_model(tiny("bert"), LoraConfig(task_type="SEQ_CLS")).save_pretrained(tmp_path / "adapter")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(tmp_path / "adapter" / file, base / file)
+    return base
+
+
+def test_an_adapter_beside_the_base_is_refused(beside: Path, folders: dict[str, Path], tmp_path: Path) -> None:
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(beside, num_labels=3)
+    assert any("lora_A" in name for name, _ in plain.named_parameters())
+    get_model(folders["bert"], "lora", **CLASSES).save_pretrained(tmp_path / "own")
+    for load in (
+        lambda: get_model(beside, "lora", **CLASSES),
+        lambda: get_model(beside, "full", **CLASSES),
+        lambda: from_pretrained(beside, tmp_path / "own"),
+    ):
+        with pytest.raises(MethodError, match=r"holds adapter_config\.json beside the base.*delete the file"):
+            load()
+
+
+@pytest.mark.parametrize("place", ["", "inner"])
+def test_an_adapter_beside_a_base_in_a_subfolder(beside: Path, tmp_path: Path, place: str) -> None:
+    shutil.copytree(beside, beside / "inner")
+    (beside / ("inner" if place == "" else "") / "adapter_config.json").unlink()
+    with pytest.raises(MethodError, match=r"adapter_config\.json beside the base"):
+        get_model(beside, "lora", **CLASSES, model_kwargs={"subfolder": "inner"})
+
+
+def test_an_adapter_beside_a_base_on_the_hub(beside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache as the hub's client lays it out."""
+    cached = tmp_path / "cache" / "models--org--base"
+    shutil.copytree(beside, cached / "snapshots" / "abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    options: dict[str, Any] = {"model_kwargs": {"cache_dir": str(tmp_path / "cache"), "local_files_only": True}}
+    with pytest.raises(MethodError, match=r"'org/base' holds adapter_config\.json beside the base"):
+        get_model("org/base", "lora", **CLASSES, **options)
+    (cached / "snapshots" / "abc" / "adapter_config.json").unlink()
+    assert get_model("org/base", "lora", **CLASSES, **options).peft_plus.tuner == "lora"
+
+
+def test_an_adapter_that_transformers_loads_all_the_same(beside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where it came to the hub between the look and the load."""
+    monkeypatch.setattr("peft_plus.loading._check_no_adapter", lambda *_: None)
+    with pytest.raises(MethodError, match="holds an adapter beside the base model"):
+        get_model(beside, "lora", **CLASSES)
+
+
+def test_what_full_saved_is_a_base(folders: dict[str, Path], tmp_path: Path) -> None:
+    get_model(folders["bert"], "full", **CLASSES).save_pretrained(tmp_path)
+    assert get_model(tmp_path, "lora", **CLASSES).peft_plus.tuner == "lora"

@@ -258,7 +258,7 @@ CALLS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     # bases
     "no such folder": ("missing", {}, ("missing", "does not exist")),
     "an empty folder": ("empty", {}, ("empty", "no config.json")),
-    "an adapter's folder": ("adapter", {}, ("holds a PEFT adapter", "PeftModel.from_pretrained")),
+    "an adapter's folder": ("adapter", {}, ("holds a PEFT adapter", "peft_plus.from_pretrained(base, ")),
     "an architecture without the task": (
         "bert",
         {"task": "SEQ_2_SEQ_LM", "num_labels": None},

@@ -7,7 +7,8 @@ import logging
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ import peft_plus
 from peft_plus import MethodError, PluginError, attach, fit, from_pretrained, get_model, patterns, registry, rehearsal
 from peft_plus.saving import fingerprint
 from tests.models import batch, tiny
-from tests.test_adapter_folder import POOLER, RECORD, state_of
+from tests.test_adapter_folder import POOLER, RECORD, bounded, state_of
 from tests.test_get_model import MINIMAL
 from tests.training import quiet
 
@@ -635,6 +636,27 @@ def test_a_failure_in_the_real_load(
     assert torch.equal(logits(from_pretrained(base, tmp_path)), logits(from_pretrained(tiny("bert"), tmp_path)))
 
 
+@pytest.mark.parametrize(("settings", "says"), [(7, "AttributeError: 'int'"), ({"buffer_size": 10**9}, "is absurd")])
+def test_what_peft_builds_only_where_there_is_memory(settings: Any, says: str, tmp_path: Path) -> None:
+    """The samplers of MonteCLoRA are left out on the copy without memory."""
+    get_model(tiny("bert"), {"lora": {"r": 4}}).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"monteclora_config": settings}))
+    base = tiny("bert")
+    before = state_of(base)
+    with bounded(seconds=10, megabytes=80), pytest.raises(MethodError, match=says):
+        from_pretrained(base, tmp_path)
+    assert state_of(base) == before
+
+
+@pytest.mark.parametrize("make", [lambda: torch.ones(10**9), lambda: torch.ones(1000, 1).expand(1000, 3000).clone()])
+def test_numbers_are_counted_where_there_is_memory(make: Callable[[], Tensor]) -> None:
+    base = tiny("bert")
+    refused = pytest.raises(MethodError, match="is absurd")
+    with bounded(seconds=10, megabytes=80), refused, rehearsal.Bounded(base, dry=False):
+        make(), make()
+
+
 def test_a_plugin_that_fails_leaves_the_base(canary: Path, tmp_path: Path) -> None:
     source = canary.with_suffix(".py")
     source.write_text(source.read_text() + "    def plan_stages(self, stages):\n        raise RuntimeError('no')\n")
@@ -701,19 +723,30 @@ EXPRESSIONS = st.recursive(
 )
 
 
-def matched_here(expressions: list[tuple[str, str]], names: list[str]) -> list[list[str]]:
+def matched_here(groups: list[tuple[bool, list[tuple[str, str]]]], names: list[str]) -> list[list[list[str]]]:
     """As the process does, which takes too long to start for each of hundreds of examples."""
-    return [[name for name in names if getattr(re, how)(expression, name)] for how, expression in expressions]
+    found: list[list[list[str]]] = []
+    for first_only, expressions in groups:
+        matched = [[name for name in names if getattr(re, how)(e, name)] for how, e in expressions]
+        if first_only:
+            matched = [[n for n in m if not any(n in before for before in matched[:i])] for i, m in enumerate(matched)]
+        found.append(matched)
+    return found
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(target=EXPRESSIONS, excluded=EXPRESSIONS, ranked=st.lists(EXPRESSIONS, min_size=1, max_size=3))
-def test_a_tamed_expression_chooses_the_same_modules(target: str, excluded: str, ranked: list[str]) -> None:
+@given(
+    target=EXPRESSIONS,
+    excluded=EXPRESSIONS,
+    ranked=st.lists(EXPRESSIONS, min_size=1, max_size=3),
+    long=st.sampled_from([0, patterns._LONG_MAPPING]),
+)
+def test_a_tamed_expression_chooses_the_same_modules(target: str, excluded: str, ranked: list[str], long: int) -> None:
     from peft.tuners.tuners_utils import check_target_module_exists
     from peft.utils.other import get_pattern_key
 
     def config() -> LoraConfig:
-        ranks = {expression: rank for rank, expression in enumerate(ranked, 1)}
+        ranks = {expression: rank % 2 + 1 for rank, expression in enumerate(ranked)}
         return LoraConfig(target_modules=target, exclude_modules=excluded, rank_pattern=ranks)
 
     def choice(config: Any) -> list[Any]:
@@ -724,6 +757,7 @@ def test_a_tamed_expression_chooses_the_same_modules(target: str, excluded: str,
     assume(any(re.fullmatch(target, n) for n in NAMES))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(patterns, "_matches", matched_here)
+        patch.setattr(patterns, "_LONG_MAPPING", long)  # 0: every mapping is
         patterns.tame(tame, Named(NAMES))
     assert choice(tame) == choice(plain)
     assert "*" not in f"{tame.target_modules}{tame.exclude_modules}{[*tame.rank_pattern]}"
@@ -737,7 +771,46 @@ def test_the_process_matches_as_peft_does() -> None:
         ("fullmatch", r"(\w)\.?\1?"),
         ("match", "(?i)A"),
     ]
-    assert patterns._matches(expressions, NAMES) == matched_here(expressions, NAMES)
+    groups = [(False, expressions), (True, expressions), (False, expressions[:1])]
+    assert patterns._matches(groups, NAMES) == matched_here(groups, NAMES)
+
+
+def test_a_rank_for_each_of_many_modules_is_quick(tmp_path: Path) -> None:
+    """As EVA saves them. PEFT compiles every key for every module where there are more than `re` keeps: minutes."""
+    base = tiny("bert", num_hidden_layers=150)
+    names = [f"bert.encoder.layer.{i}.attention.self.{part}" for i in range(150) for part in ("query", "key", "value")]
+    ranks = {name: 1 + i % 3 for i, name in enumerate(names)}
+    config = LoraConfig(target_modules=["query", "key", "value"], rank_pattern=ranks, alpha_pattern=dict(ranks))
+    start = time.monotonic()
+    patterns.tame(config, base)
+    assert len(config.rank_pattern) == 3
+    model = get_peft_model(base, config)
+    assert time.monotonic() - start < 10
+    assert {name: len(model.base_model.model.get_submodule(name).lora_A["default"].weight) for name in names} == ranks
+
+
+def test_names_that_do_exist_but_are_too_many() -> None:
+    base = tiny("bert", num_hidden_layers=50)
+    names = [name for name, _ in base.named_modules() if name][:501]
+    patterns.tame(LoraConfig(target_modules=["query"], modules_to_save=names[:500]), base)
+    ranks = {name: i for i, name in enumerate(names, 1)}
+    some = dict(list(ranks.items())[:51])
+    too_many: list[dict[str, Any]] = [
+        {"modules_to_save": names},
+        {"rank_pattern": ranks},
+        {"modules_to_save": names[:450], "rank_pattern": some},
+    ]
+    for fields in too_many:
+        with pytest.raises(MethodError, match="than PEFT can try on every module"):
+            patterns.tame(LoraConfig(target_modules=["query"], **fields), base)
+
+
+def test_a_field_of_every_module_that_there_is(tmp_path: Path) -> None:
+    base = tiny("bert")
+    names = [name for name, module in base.named_modules() if isinstance(module, nn.Linear) and "layer" in name]
+    get_peft_model(tiny("bert"), LoraConfig(target_modules=names, task_type="SEQ_CLS")).save_pretrained(tmp_path)
+    assert len(names) == 18
+    assert len(from_pretrained(base, tmp_path).base_model.targeted_module_names) == 18
 
 
 def test_a_program_without_an_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -785,7 +858,9 @@ def test_the_page_names_tests_that_exist() -> None:
     root = Path(__file__).parent
     named = set(re.findall(r"`(test_\w+)`", (root.parent / "docs" / "safety.md").read_text("utf-8")))
     defined = re.findall(
-        r"^def (test_\w+)", (root / "test_reload.py").read_text() + (root / "test_adapter_folder.py").read_text(), re.M
+        r"^def (test_\w+)",
+        "".join((root / f"test_{name}.py").read_text("utf-8") for name in ("reload", "adapter_folder", "get_model")),
+        re.M,
     )
     assert len(named) > 10
     assert named <= set(defined)
