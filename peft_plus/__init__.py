@@ -92,4 +92,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), "__version__", *_HOMES, *_dropin.peft_names()})
+    return sorted({*globals(), "__version__", *_HOMES, *_dropin.peft_names(), *_dropin.peft_modules()})

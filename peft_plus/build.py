@@ -66,7 +66,7 @@ def get_model(
     """
     if isinstance(model, nn.Module):
         loading.refuse_options(quantization=quantization, device_map=device_map, dtype=dtype, model_kwargs=model_kwargs)
-        if is_peft(model):
+        if is_peft(model) or getattr(model, "_hf_peft_config_loaded", False):
             return _attach(model, resolve(method, settings), task, num_labels)
         if all(tensor.is_meta for tensor in model.parameters()):  # some may be offloaded; before a tuner goes in
             _check_filled([name for name, _ in model.named_parameters()])
@@ -131,6 +131,12 @@ def _attach(model: nn.Module, resolved: Method, task: str | Task | None, num_lab
         raise MethodError(
             f"This {type(model).__name__} already has its tuner, but the method names {resolved.tuner.name!r}. Name "
             "only plugins, or start from the base model."
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise MethodError(
+            f"This {type(model).__name__} got its adapter from transformers' add_adapter or load_adapter, whose "
+            "folders and checkpoints are others than PEFT's. Let PEFT put it there: get_peft_model(base, config), then "
+            "attach; or get_model(base, method=[config, …])."
         )
     chosen = choose_task(task, num_labels, model) if task is not None else infer_task(model)
     check_loaded(model, chosen, num_labels)

@@ -143,6 +143,14 @@ def _with_peft_in_its_place(call: Callable[[str], Any], name: str) -> Any:
         sys.modules[_THEIRS] = ourselves
 
 
+def peft_modules() -> list[str]:
+    """The names of PEFT's submodules, read from its folder."""
+    from pkgutil import iter_modules
+
+    spec = find_spec(_THEIRS)
+    return [] if spec is None else [module.name for module in iter_modules(spec.submodule_search_locations)]
+
+
 def peft_names() -> list[str]:
     """What `peft` exports, read from its source without importing it."""
     import ast

@@ -72,6 +72,12 @@ class EpochData(Keyed, Dataset[Any]):
     def __len__(self) -> int:
         return len(self._dataset)
 
+    def __getattr__(self, attribute: str) -> Any:
+        # Callbacks ask a loader's dataset for what is the user's own.
+        if attribute.startswith("_"):  # not there yet while this is unpickled
+            raise AttributeError(attribute)
+        return getattr(self._dataset, attribute)
+
     def __getitem__(self, index: int) -> Any:
         return self._dataset[index]
 

@@ -318,7 +318,8 @@ def with_plugins(trainer_class: type[Any]) -> type[Any]:
     ```python
     SFT = with_plugins(trl.SFTTrainer)
     ```
-    A model without a plan trains as ever, except that its loss is scaled exactly under gradient accumulation.
+    A model without a plan trains as ever, except for what `docs/coming_from_peft.md` lists under "What differs": above
+    all, its loss is scaled exactly under gradient accumulation.
 
     Raises:
         TypeError: it is no subclass of `transformers.Trainer`.

@@ -18,6 +18,7 @@ from functools import cache, update_wrapper
 from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -42,19 +43,22 @@ class SavePretrained:
     """Stands on a model instance as `save_pretrained`: does what the class does, then writes what belongs to the plan.
 
     An object rather than a closure, so that a model with a plan still copies and pickles, and an attribute of the
-    instance rather than a subclass, so that its class stays PEFT's or transformers' own.
+    instance rather than a subclass, so that its class stays PEFT's or transformers' own. It must hold the model, which
+    `get_model(…).save_pretrained(folder)` would lose otherwise; so a deleted model waits for the garbage collector.
     """
 
     def __init__(self, model: Any) -> None:
-        self._model = model
-        update_wrapper(self, type(model).save_pretrained, updated=())
+        save = type(model).save_pretrained
+        self._model, self._built = model, _sample(model, trainable=True)
+        update_wrapper(self, save, updated=())
+        self.__signature__ = signature(MethodType(save, model))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_model": self._model}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Not through update_wrapper: the model may be half restored when a pickle comes back.
-        self.__dict__.update(state)
+        self.__dict__.update(state, _built=None)
 
     def __call__(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         model, save = self._model, type(self._model).save_pretrained
@@ -70,7 +74,18 @@ class SavePretrained:
             result = save(model, save_directory, *args, **kwargs)
         if main:
             write(Path(save_directory), model, model.peft_plus, whole)
+            self._tell_what_never_ran(model)
         return result
+
+    def _tell_what_never_ran(self, model: Any) -> None:
+        """A loop that does not know the plan trains on without a word, and leaves its plugins out."""
+        plan: Plan = model.peft_plus
+        if plan.plugins and not plan.timeline and self._built not in (None, _sample(model, trainable=True)):
+            logger.warning(
+                "The weights were changed, but no plugin of this model (%s) ever ran: was it trained by a loop that "
+                "does not know them? Use peft_plus.Trainer, with_plugins(TheTrainerClass) or Session.",
+                ", ".join(plugin.name for plugin in plan.plugins),
+            )
 
 
 @contextmanager
@@ -187,6 +202,7 @@ def record(plan: Plan, thawed: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         },
         "quantization": plan.quantization,
         "base": dict(plan.base),
+        "stages_run": list(dict.fromkeys(change.stage for change in plan.timeline)),
         "trained_parameters": sum(math.prod(p.shape) for p in plan.params.values()),
         "thawed_tensors": sorted(thawed),
         "versions": dict(versions),
@@ -207,11 +223,16 @@ def fingerprint(model: nn.Module) -> str:
     Adapters and the task's head are left out, so the base alone gives the same as the base inside a PeftModel. Enough
     to tell one base from another of equal shape, cheap enough (milliseconds) to take at every build.
     """
+    return _sample(model, trainable=False)
+
+
+def _sample(model: nn.Module, *, trainable: bool) -> str:
+    """SHA-256 over a little of every parameter that may train, or else of every parameter of the base."""
     digest = hashlib.sha256()
     heads = find_heads(model)
     with torch.no_grad():
         for name, tensor in model.named_parameters():
-            if part_of(name, model, heads) != "base":
+            if not (tensor.requires_grad if trainable else part_of(name, model, heads) == "base"):
                 continue
             name = bare_name(name, model)
             digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())

@@ -29,6 +29,10 @@ _Trainer = cast(Any, object)  # stands before any Trainer class in the order of 
 ARGUMENTS = "training_args.json"
 _PICKLED_ARGUMENTS = "training_args.bin"
 _PLAN_STATE = "plan_state"
+_STOPS_OTHERS = ("optimizer.pt", "scheduler.pt")
+"""Where they are missing transformers' own Trainer goes on without a word, with a fresh optimizer. On ours it fails."""
+
+_NOT_PICKLED = "No pickle: peft_plus keeps this state in .json and .safetensors files. Resume with peft_plus.Trainer.\n"
 
 
 class StateFiles(_Trainer):
@@ -61,6 +65,8 @@ class StateFiles(_Trainer):
         elif self.args.should_save:
             write_state(Path(output_dir, "optimizer"), self.optimizer.state_dict())
             write_state(Path(output_dir, "scheduler"), self.lr_scheduler.state_dict())
+            for name in _STOPS_OTHERS:
+                Path(output_dir, name).write_text(_NOT_PICKLED, encoding="utf-8")
 
     def _save_scaler(self, output_dir: str) -> None:
         scaler = getattr(self.accelerator, "scaler", None)

@@ -80,6 +80,7 @@ def test_star_import() -> None:
 def test_dir() -> None:
     assert set(peft.__all__) | OURS | {"__version__"} <= set(dir(peft_plus))
     assert dir(peft_plus) == sorted(dir(peft_plus))
+    assert {"tuners", "utils", "mapping", "peft_model"} <= set(dir(peft_plus))
 
 
 def test_unknown_names() -> None:

@@ -6,6 +6,7 @@ Every test makes the same model twice, plain and with a plan, does the same to b
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import pickle
 import warnings
@@ -21,6 +22,7 @@ from peft import IA3Config, LoHaConfig, LoraConfig, PrefixTuningConfig, PromptTu
 from torch import Tensor, nn
 
 import peft_plus
+from peft_plus import MethodError
 from tests.models import batch, tiny
 
 PLUGINS = ["gradual_unfreeze", "llrd"]
@@ -340,21 +342,23 @@ def test_transformers_loads_what_we_saved(folders: tuple[Path, Path]) -> None:
     assert torch.equal(seen[1], seen[3])
 
 
-def test_transformers_saves_an_adapter_of_a_model_with_a_plan(tmp_path: Path) -> None:
-    """`add_adapter` puts the adapter into the transformers model itself; the plan then hangs on that."""
-    models = []
-    for _ in range(2):
-        model: Any = tiny("bert")
-        torch.manual_seed(0)
-        model.add_adapter(lora())
-        models.append(model.eval())
-    plain, ours = models
-    peft_plus.attach(ours, ["llrd"])
-    for model, folder in ((plain, "plain"), (ours, "ours")):
-        model.save_pretrained(tmp_path / folder)
-    assert_same(plain, ours)
-    plain_files, our_files = ({path.name for path in (tmp_path / folder).iterdir()} for folder in ("plain", "ours"))
-    assert our_files == plain_files | {"peft_plus.json"}
+@pytest.mark.parametrize("call", [peft_plus.attach, peft_plus.get_model])
+def test_an_adapter_that_transformers_put_in_is_not_taken_for_a_whole_model(call: Any) -> None:
+    """`add_adapter` puts the adapter into the transformers model itself, and saves it in a way of its own."""
+    model: Any = tiny("bert")
+    model.add_adapter(lora())
+    with pytest.raises(MethodError, match=r"from transformers' add_adapter .*get_peft_model\(base, config\)"):
+        call(model, ["llrd"])
+    assert not hasattr(model, "peft_plus")
+
+
+# --- Signatures ---
+
+
+def test_save_pretrained_keeps_its_signature() -> None:
+    plain, ours = pair()
+    assert inspect.signature(ours.save_pretrained) == inspect.signature(plain.save_pretrained)
+    inspect.signature(ours.save_pretrained).bind("folder")
 
 
 # --- The hub ---

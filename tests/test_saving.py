@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 import peft_plus
-from peft_plus import Trainer, attach, get_model, load_thawed
+from peft_plus import Trainer, attach, from_pretrained, get_model, load_thawed
 from peft_plus.saving import fingerprint
 from peft_plus.tasks.seq_cls import SequenceClassification
 from peft_plus_freezing.gradual_unfreeze import GradualUnfreeze
 from tests.models import batch, tiny
 from tests.tokenizers import tiny_tokenizer
+from tests.training import quiet
 
 POOLER = "base_model.model.bert.pooler.dense.weight"
 EMBEDDINGS = "base_model.model.bert.embeddings.word_embeddings.weight"
@@ -97,6 +98,7 @@ def test_record(tmp_path: Path) -> None:
             "dtype": "float32",
             "fingerprint": fingerprint(model),
         },
+        "stages_run": [],
         "trained_parameters": sum(t.numel() for t in model.parameters() if t.requires_grad),
         "thawed_tensors": [],
         "versions": {
@@ -289,6 +291,37 @@ def test_checkpoints_hold_the_same_files(tmp_path: Path) -> None:
         again = load_thawed(PeftModel.from_pretrained(tiny("bert"), folder), folder)
         assert torch.equal(logits(again), logits(model))
     assert json.loads((checkpoint / "peft_plus.json").read_text()) == json.loads((final / "peft_plus.json").read_text())
+
+
+def plain_training(model: Any, folder: Path) -> None:
+    data = batch("bert")
+    rows = [{key: value[i] for key, value in data.items()} for i in range(4)]
+    transformers.Trainer(model, quiet(folder, max_steps=2, learning_rate=1e-2), train_dataset=rows).train()
+
+
+def test_plugins_that_never_ran_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The Trainer of a script was left as it was."""
+    model = get_model(tiny("bert"), ["lora", "llrd"])
+    model.save_pretrained(tmp_path / "fresh")
+    assert caplog.text == ""
+    plain_training(model, tmp_path / "run")
+    record = saved(model, tmp_path / "trained")
+    assert "no plugin of this model (llrd) ever ran" in caplog.text
+    assert record["stages_run"] == []
+
+
+def test_plugins_that_ran_are_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = get_model(tiny("bert"), ["lora", "llrd"])
+    data = batch("bert")
+    rows = [{key: value[i] for key, value in data.items()} for i in range(4)]
+    Trainer(model, quiet(tmp_path / "run", max_steps=2), train_dataset=rows).train()
+    assert saved(model, tmp_path / "trained")["stages_run"] == ["train"]
+    without = get_model(tiny("bert"), "lora")
+    plain_training(without, tmp_path / "plain")
+    without.save_pretrained(tmp_path / "without")
+    again = from_pretrained(tiny("bert"), tmp_path / "trained", is_trainable=True)
+    again.save_pretrained(tmp_path / "again")
+    assert "ever ran" not in caplog.text
 
 
 # --- Copies ---

@@ -145,6 +145,32 @@ def test_where_the_data_draw_nothing_it_trains_as_the_trainer_does(case: str, tm
     assert equal(ours, trained(tmp_path / "theirs", trainer=transformers.Trainer, **settings))
 
 
+def test_a_callback_finds_the_users_own_dataset(tmp_path: Path) -> None:
+    class Own(Dataset[Any]):
+        language = "de"
+
+        def __len__(self) -> int:
+            return 8
+
+        def __getitem__(self, index: int) -> dict[str, Tensor]:
+            return {key: value[index] for key, value in batch("bert", rows=8).items()}
+
+        def counted(self) -> int:
+            return len(self)
+
+    seen = []
+
+    class Looks(TrainerCallback):
+        def on_epoch_begin(self, *_: Any, train_dataloader: Any, **__: Any) -> None:
+            data = train_dataloader.dataset
+            seen.append((data.language, data.counted(), len(data), hasattr(data, "nothing like it")))
+
+    args = quiet(tmp_path, max_steps=1, per_device_train_batch_size=4)
+    for model in (tiny("bert"), get_model(tiny("bert"), "lora")):
+        peft_plus.Trainer(model, args, train_dataset=Own(), callbacks=[Looks()]).train()
+    assert seen == [("de", 8, 8, False)] * 2
+
+
 def test_each_epoch_and_each_batch_draws_anew() -> None:
     rows = [{"input_ids": torch.full((50,), 9)} for _ in range(4)]
     loader = DataLoader(rows, batch_size=2, collate_fn=drawing)  # type: ignore[arg-type]
