@@ -125,7 +125,8 @@ def check_accelerator(plan: Plan, model: nn.Module, accelerator: Any) -> None:
         )
     if plan.tuner != "full" and "FULL" not in str(fsdp.state_dict_type):
         logger.warning(
-            "With sharded state dicts the Trainer saves no adapter folder. Set fsdp_state_dict_type: FULL_STATE_DICT."
+            "With sharded state dicts the Trainer saves no adapter folder, and resumes from no checkpoint. Set "
+            "fsdp_state_dict_type: FULL_STATE_DICT."
         )
     if accelerator.mixed_precision == "no" or plan.quantization:  # else Accelerate keeps all that trains in fp32
         check_fsdp(model, plan, wraps_blocks=fsdp.auto_wrap_policy is not None)
@@ -153,7 +154,7 @@ def _check_deepspeed(plan: Plan, stage: int) -> None:
         raise MethodError(
             f"{who(plugin, plan.origins)} freezes parameters during training. DeepSpeed ZeRO-{stage} updates its own "
             "flat copies of all parameters, frozen ones too, so weight decay and momentum would silently move them. "
-            "Use DDP, FSDP2 or zero_stage: 0, or split the schedule into stages, each with a fresh engine."
+            "Use DDP, FSDP2 or zero_stage: 0."
         )
     rated = next((p for p in plan.plugins if "lr_scale" in p.hooks()), None)
     if rated is not None:

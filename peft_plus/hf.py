@@ -25,7 +25,7 @@ from .arguments import (
     plan_of,
 )
 from .checkpoint_trouble import loading
-from .distributed import check_accelerator, check_sharded_resume, load_sharded_weights, rest_stateless
+from .distributed import check_accelerator
 from .engine import Engine
 from .errors import MethodError
 from .forward import FirstPass
@@ -33,6 +33,7 @@ from .rehearsal import check_adapter_folder
 from .safeguards import Safeguards
 from .sampling import order, order_plugin, order_taken_from
 from .saving import THAWED, load_thawed
+from .sharded_resume import check_sharded_resume, load_sharded_weights, rest_stateless
 from .stages import Stage
 from .step_loss import StepLoss
 from .tasks import infer_task
@@ -188,7 +189,9 @@ class Bridge(SealedCheckpoints, Safeguards, TrainerLoss, _Trainer):
         self._prove()
         super()._load_best_model()
         best = self.state.best_model_checkpoint
-        if best and (Path(best) / THAWED).is_file():
+        if best and self.is_fsdp_enabled:
+            load_sharded_weights(self.accelerator, self.model, best)
+        elif best and (Path(best) / THAWED).is_file():
             load_thawed(self.model, best)
 
     def _begin(self) -> None:

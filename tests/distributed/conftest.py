@@ -21,17 +21,27 @@ DDP = ROOT / "examples" / "launch" / "ddp.yaml"
 LIMIT = 300
 """Seconds for all scenarios: several times what they take, so that only a hang meets it."""
 
+RESUMED = ("all, AdamW, fp32", "thawed, in turns")
+"""What is also interrupted and resumed under FSDP2, which must end as the run that was not."""
+
 LAUNCHED = {
     "trainer": (
         *("lora", "full", "gradual_unfreeze", "llrd", "r3f", "all", "all, AdamW"),
         *("accumulation", "accumulation, Llama", "accumulation, T5", "checkpointing", "checkpointing, Llama"),
         *("shuffled", "incomplete", "incomplete, accumulation", "incomplete by more", "stream"),
         *("no labels on one rank", "nf4", "nf4, checkpointing", "lp_ft"),
+        *("all, AdamW, fp32", "accumulation, T5, fp32", "checkpointing, Llama, fp32"),
     ),
     "session": ("lora", "all", "accumulation, Llama", "checkpointing", "incomplete"),
-    "fsdp2": ("lora", "gradual_unfreeze", "llrd", "r3f", "all", "accumulation", "thawed"),
+    "fsdp2": ("lora", "gradual_unfreeze", "llrd", "r3f", "all", "accumulation", "thawed", *RESUMED),
+    "session, fsdp2": ("all", "accumulation"),
+    "sft": ("sft",),
+    "dpo": ("dpo",),
 }
 """Loop → the scenarios that run in it."""
+
+INTERRUPTED = {"fsdp2, resumed": RESUMED, "fsdp2, best": RESUMED, "fsdp2, refused": ("lora",)}
+"""Likewise, for runs in two parts."""
 
 
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Any]) -> tuple[Path, Any]:
@@ -58,7 +68,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subpr
 
     def make(folder: Path) -> list[Any]:
         tiny("bert").save_pretrained(folder / "base")
-        names = [f"{loop}:{name}" for loop, scenarios in LAUNCHED.items() for name in scenarios]
+        names = [f"{loop}:{name}" for loop, scenarios in (LAUNCHED | INTERRUPTED).items() for name in scenarios]
         options = ("--config_file", str(DDP), "--num_processes", "2", "--mixed_precision", "no")
         ended = launch("tests.distributed.ranks", *names, folder=folder, limit=LIMIT, options=options)
         return [ended.returncode, ended.stdout]

@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 
 from peft_plus import Plugin
 
-from .scenarios import LORA, SCENARIOS, Scenario, run
+from .loops import run
+from .scenarios import LORA, SCENARIOS, Scenario
 
 
 class Fails(Plugin):

@@ -6,23 +6,18 @@ them, so both see the same rows in the same step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.data import IterableDataset
 from transformers import default_data_collator
 
 import peft_plus
-from peft_plus import Session, get_model
+from peft_plus import Plugin, get_model
 from tests.models import LENGTH, NUM_LABELS, PAD, batch, tiny
-from tests.training import quiet
 
 Row = dict[str, Tensor]
 Weights = dict[str, Tensor]
@@ -48,6 +43,9 @@ class Scenario:
         adamw: with AdamW; otherwise plain SGD, whose updates are as exact as the gradients.
         stages: whether the method plans several stages, so that `fit` runs it.
         thawed: the part of a name that tells base weights which train beside the tuner.
+        attached: the method that acts on these.
+        bound: how far one process and two may end apart, as a share of the change of all weights together. What
+            differs is the order of sums; fp32 rounds it, and AdamW and deep or large models blow it up.
     """
 
     method: Any
@@ -68,6 +66,17 @@ class Scenario:
     quantization: str | None = None
     stages: bool = False
     thawed: str = ""
+    attached: Any = None
+    bound: float = 1e-6
+
+
+class Turns(Plugin):
+    """Every second step other depths train: what has trained rests again, as no shipped schedule has it."""
+
+    name = "turns"
+
+    def may_train(self, run, param):
+        return (run.step + param.depth) % 2 == 0
 
 
 LORA = {"r": 4, "lora_alpha": 16, "lora_dropout": 0.0, "init_lora_weights": False}  # B ≠ 0, so that all moves at once
@@ -103,8 +112,15 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "nf4": Scenario(ALL, quantization="nf4"),
     "nf4, checkpointing": Scenario(ALL, quantization="nf4", checkpointing=True),
-    "thawed": Scenario({"lora": LORA}, thawed="output.LayerNorm"),
+    "thawed": Scenario({"lora": LORA}, thawed="output.LayerNorm", attached={"gradual_unfreeze": UNFREEZE}),
+    "thawed, in turns": Scenario({"lora": LORA}, thawed="output.LayerNorm", attached=[Turns()], adamw=True, bound=1e-5),
     "lp_ft": Scenario({"lora": LORA, "lp_ft": {"probe_epochs": 0.5, "probe_lr": 0.05}}, stages=True),
+    "sft": Scenario(ALL, model="llama", task="CAUSAL_LM", accumulation=2, rows=64, exact=True),
+    "dpo": Scenario(QUIET, model="llama", task="CAUSAL_LM", accumulation=2, rows=64, checkpointing=True, exact=True),
+}
+SCENARIOS |= {
+    f"{name}, fp32": replace(SCENARIOS[name], exact=False, bound=1e-5)
+    for name in ("all, AdamW", "accumulation, T5", "checkpointing, Llama")
 }
 
 
@@ -124,6 +140,14 @@ def rows_of(scenario: Scenario, processes: int) -> list[Row]:
     return rows + rows[: scenario.padded if processes == 1 else 0]
 
 
+PREFERENCES = [
+    {"prompt": "the cat", "chosen": " is good", "rejected": " is bad and bad"},
+    {"prompt": "where is", "chosen": " york and paris", "rejected": " the dog"},
+    {"prompt": "a dog", "chosen": " works", "rejected": " is in york on the cat"},
+    {"prompt": "what", "chosen": " works on a dog", "rejected": " is"},
+]
+
+
 class Stream(IterableDataset[Row]):
     """Rows without a length."""
 
@@ -141,110 +165,11 @@ def shortest(rows: list[Row]) -> dict[str, Tensor]:
     return {key: value[:, :kept] if value.dim() > 1 else value for key, value in made.items()}
 
 
-# ---- loops -------------------------------------------------------------------------------------------------------
+# ---- models ----------------------------------------------------------------------------------------------------------
 
 
-def with_trainer(
-    model: nn.Module, scenario: Scenario, processes: int, folder: Path, trainer: type[Any] = peft_plus.Trainer
-) -> None:
-    """`Trainer.train`, or `fit` where there are stages."""
-    args = quiet(
-        folder,
-        per_device_train_batch_size=scenario.batch * 2 // processes,
-        gradient_accumulation_steps=scenario.accumulation,
-        max_steps=scenario.steps,
-        optim="adamw_torch" if scenario.adamw else "sgd",
-        learning_rate=1e-3 if scenario.adamw else 0.05,
-        train_sampling_strategy="random" if scenario.shuffled else "sequential",
-        activation_checkpointing=scenario.checkpointing,
-        logging_strategy="no",
-    )
-    check_processes(args.world_size, processes)
-    rows = rows_of(scenario, processes)
-    data: dict[str, Any] = {
-        "train_dataset": Stream(rows) if scenario.stream else rows,
-        "data_collator": shortest if scenario.dynamic else default_data_collator,
-    }
-    if scenario.stages:
-        peft_plus.fit(model, args, **data)
-    else:
-        trainer(model, args, **data).train()
-
-
-def with_session(model: nn.Module, scenario: Scenario, processes: int, folder: Path) -> None:
-    """A bare Accelerate loop."""
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=scenario.accumulation)
-    check_processes(accelerator.num_processes, processes)
-    if scenario.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    session = Session(model, accelerator, max_steps=scenario.steps)
-    optimizer = session.optimizer(torch.optim.SGD, lr=0.05)
-    loader = session.loader(
-        rows_of(scenario, processes),
-        batch_size=scenario.batch * 2 // processes,
-        collate_fn=shortest if scenario.dynamic else default_data_collator,
-        shuffle=scenario.shuffled,
-    )
-    model.train()
-    for micro_batch in session.batches(loader):
-        with accelerator.accumulate(session.model):
-            accelerator.backward(session.loss(micro_batch))
-            optimizer.step()
-            optimizer.zero_grad()
-
-
-class Sharded(peft_plus.Trainer):
-    """Accelerate takes no FSDP plugin on a CPU; this one is given after the fact, and all that follows is its own."""
-
-    def create_accelerator_and_postprocess(self) -> None:
-        super().create_accelerator_and_postprocess()
-        state: Any = self.accelerator.state
-        for shared in (PartialState(), state):  # each takes what the other says whenever it is made anew
-            shared.distributed_type = DistributedType.FSDP
-        state.fsdp_plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
-            reshard_after_forward=True,
-            state_dict_type="FULL_STATE_DICT",
-            # Without it Accelerate 1.15 shards BERT's embeddings twice and fails.
-            transformer_cls_names_to_wrap=["BertLayer"],
-        )
-        self.is_fsdp_enabled = True
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().train(*args, **kwargs)
-        if not all(isinstance(tensor, DTensor) for tensor in self.model.parameters()):
-            raise RuntimeError("nothing was sharded")
-        self.save_model(str(Path(self.args.output_dir or ".") / "saved"))
-        return result
-
-
-def with_fsdp2(model: nn.Module, scenario: Scenario, processes: int, folder: Path) -> None:
-    """The Trainer over Accelerate's own FSDP2; on one process the plain one."""
-    with_trainer(model, scenario, processes, folder, Sharded if processes > 1 else peft_plus.Trainer)
-
-
-def check_processes(number: int, expected: int) -> None:
-    if number != expected:
-        raise RuntimeError(f"{number} processes run instead of {expected}")
-
-
-LOOPS: dict[str, Callable[[nn.Module, Scenario, int, Path], None]] = {
-    "trainer": with_trainer,
-    "session": with_session,
-    "fsdp2": with_fsdp2,
-}
-"""Kind of loop → what trains a model in it."""
-
-
-def run(loop: str, scenario: Scenario, *, processes: int, folder: Path, saved: Path) -> tuple[Weights, Weights]:
-    """Train one scenario.
-
-    Args:
-        folder: to write into.
-        saved: a saved tiny BERT, to be loaded quantised.
-    Returns: everything that may train, before and after.
-    """
+def build(scenario: Scenario, saved: Path | None = None) -> nn.Module:
+    """The model of a scenario, with its plan; equal on every call and process."""
     torch.manual_seed(0)
     base: Any = tiny(scenario.model, scenario.task).to(torch.float64 if scenario.exact else torch.float32)
     options: dict[str, Any] = {}
@@ -254,14 +179,5 @@ def run(loop: str, scenario: Scenario, *, processes: int, folder: Path, saved: P
     if scenario.thawed:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter.requires_grad or scenario.thawed in name)
-        peft_plus.attach(model, {"gradual_unfreeze": UNFREEZE})
-    before = trainable(model)
-    LOOPS[loop](model, scenario, processes, folder)
-    return before, trainable(model)
-
-
-def trainable(model: nn.Module) -> Weights:
-    """Copies of everything that may train, put together from its shards."""
-    tensors = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
-    whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}
-    return {name: tensor.detach().clone() for name, tensor in whole.items()}
+        peft_plus.attach(model, scenario.attached)
+    return model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +16,15 @@ from torch import nn
 
 import peft_plus
 from peft_plus import MethodError, get_model
-from peft_plus.distributed import check_accelerator, check_batches, check_checkpointing, check_ddp, check_fsdp
+from peft_plus.distributed import (
+    check_accelerator,
+    check_batches,
+    check_checkpointing,
+    check_ddp,
+    check_fsdp,
+)
+from peft_plus.rehearsal import check_adapter_folder
+from peft_plus.sharded_resume import check_sharded_resume
 from tests.models import NUM_LABELS, tiny
 from tests.training import quiet
 
@@ -196,4 +206,46 @@ def test_a_bf16_head_is_a_group_of_its_own() -> None:
 def test_sharded_state_dicts_are_warned_of(caplog: Any) -> None:
     model = get_model(tiny("bert"), "lora")
     check_accelerator(model.peft_plus, model, accelerator(fsdp=fsdp2(state_dict_type="SHARDED_STATE_DICT")))
-    assert "saves no adapter folder" in caplog.text
+    assert "saves no adapter folder, and resumes from no checkpoint" in caplog.text
+
+
+# ---- FSDP2, resuming ---------------------------------------------------------------------------------------------
+
+
+def test_sharded_state_dicts_of_an_adapter_are_not_resumed(tmp_path: Path) -> None:
+    sharded = accelerator(fsdp=fsdp2(state_dict_type="SHARDED_STATE_DICT"))
+    with pytest.raises(MethodError, match="with sharded state dicts it holds no adapter folder"):
+        check_sharded_resume(sharded, get_model(tiny("bert"), "lora"), tmp_path)
+    check_sharded_resume(sharded, get_model(tiny("bert"), "full"), tmp_path)
+    check_sharded_resume(accelerator(), get_model(tiny("bert"), "lora"), tmp_path)
+
+
+def test_a_sharded_run_does_not_go_on_with_a_fresh_optimizer(tmp_path: Path) -> None:
+    with pytest.raises(MethodError, match=r"holds no optimizer\.bin .*go on with a fresh one"):
+        check_sharded_resume(accelerator(fsdp=fsdp2()), get_model(tiny("bert"), "lora"), tmp_path)
+
+
+class Writes:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self._path,)
+
+
+def test_what_accelerate_pickled_runs_no_code(tmp_path: Path) -> None:
+    torch.save({"state": {"weight": Writes(tmp_path / "ran")}}, tmp_path / "optimizer.bin")
+    with pytest.raises(pickle.UnpicklingError):
+        check_sharded_resume(accelerator(fsdp=fsdp2()), get_model(tiny("bert"), "lora"), tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_file_of_fsdp_belongs_beside_an_adapter_under_fsdp_alone(tmp_path: Path) -> None:
+    model = get_model(tiny("bert"), "lora")
+    model.save_pretrained(tmp_path)
+    (tmp_path / "pytorch_model_fsdp.bin").touch()
+    with pytest.raises(MethodError, match=r"pytorch_model_fsdp\.bin does not belong beside an adapter"):
+        check_adapter_folder(tmp_path, model)
+    check_adapter_folder(tmp_path, model, engine_owned=True)
