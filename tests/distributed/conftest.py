@@ -28,7 +28,7 @@ LAUNCHED = {
     "trainer": (
         *("lora", "full", "gradual_unfreeze", "llrd", "r3f", "all", "all, AdamW"),
         *("accumulation", "accumulation, Llama", "accumulation, T5", "checkpointing", "checkpointing, Llama"),
-        *("shuffled", "incomplete", "incomplete, accumulation", "incomplete by more", "stream"),
+        *("shuffled", "length_buckets", "incomplete", "incomplete, accumulation", "incomplete by more", "stream"),
         *("no labels on one rank", "nf4", "nf4, checkpointing", "lp_ft"),
         *("all, AdamW, fp32", "accumulation, T5, fp32", "checkpointing, Llama, fp32"),
     ),

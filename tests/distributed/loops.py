@@ -12,14 +12,14 @@ from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback, default_data_collator
+from transformers import TrainerCallback
 
 import peft_plus
 from peft_plus import MethodError, Session, with_plugins
 from tests.tokenizers import tiny_tokenizer
 from tests.training import quiet
 
-from .scenarios import PREFERENCES, Scenario, Stream, Weights, build, rows_of, shortest
+from .scenarios import PREFERENCES, Scenario, Stream, Weights, build, collator_of, rows_of
 
 
 def with_trainer(
@@ -49,7 +49,7 @@ def with_trainer(
     rows = rows_of(scenario, processes)
     data: dict[str, Any] = {
         "train_dataset": Stream(rows) if scenario.stream else rows,
-        "data_collator": shortest if scenario.dynamic else default_data_collator,
+        "data_collator": collator_of(scenario),
     }
     if scenario.stages:
         peft_plus.fit(model, args, **data)
@@ -70,7 +70,7 @@ def with_session(model: nn.Module, scenario: Scenario, processes: int, folder: P
     loader = session.loader(
         rows_of(scenario, processes),
         batch_size=scenario.batch * 2 // processes,
-        collate_fn=shortest if scenario.dynamic else default_data_collator,
+        collate_fn=collator_of(scenario),
         shuffle=scenario.shuffled,
     )
     if sharded:

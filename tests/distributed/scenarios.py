@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import IterableDataset
 from transformers import default_data_collator
 
@@ -36,6 +37,7 @@ class Scenario:
         stream: the data have no length.
         batch: rows in a micro-batch of one of two processes.
         dynamic: pad each micro-batch to its own longest row, so that ranks differ in length.
+        ragged: the rows themselves are of different length, and the collator pads.
         steps: optimizer steps.
         accumulation: micro-batches of one process in a step.
         exact: compute in fp64, where the run would blow up fp32's rounding (AdamW on vanishing gradients, T5's large
@@ -57,6 +59,7 @@ class Scenario:
     stream: bool = False
     batch: int = 2
     dynamic: bool = False
+    ragged: bool = False
     steps: int = 8
     accumulation: int = 1
     exact: bool = False
@@ -101,6 +104,7 @@ SCENARIOS: dict[str, Scenario] = {
     "checkpointing": Scenario(ALL, accumulation=2, rows=64, checkpointing=True),
     "checkpointing, Llama": Scenario(ALL, model="llama", task="CAUSAL_LM", checkpointing=True, exact=True),
     "shuffled": Scenario(ALL, shuffled=True),
+    "length_buckets": Scenario(QUIET | {"length_buckets": {}}, rows=64, shuffled=True, ragged=True, accumulation=2),
     # 22 rows are 5½ micro-batches of 4: in the last one, rank 1 gets the first two rows once more.
     "incomplete": Scenario(ALL, rows=22, padded=2, steps=9),
     "incomplete, accumulation": Scenario(ALL, rows=22, padded=2, steps=9, accumulation=2),
@@ -137,6 +141,10 @@ def rows_of(scenario: Scenario, processes: int) -> list[Row]:
         on_rank_1 = torch.arange(scenario.rows) // scenario.batch % 2 == 1
         data["labels"] = data["labels"].masked_fill(on_rank_1[:, None], -100)
     rows = [{key: value[i] for key, value in data.items()} for i in range(scenario.rows)]
+    if scenario.ragged:
+        for number, row in enumerate(rows):
+            kept = 3 + number * 5 % (LENGTH - 2)
+            rows[number] = {key: value[:kept] if value.dim() else value for key, value in row.items()}
     return rows + rows[: scenario.padded if processes == 1 else 0]
 
 
@@ -163,6 +171,21 @@ def shortest(rows: list[Row]) -> dict[str, Tensor]:
     made = default_data_collator(rows)
     kept = int((made["input_ids"] != PAD).sum(1).max())
     return {key: value[:, :kept] if value.dim() > 1 else value for key, value in made.items()}
+
+
+def padding(rows: list[Row]) -> dict[str, Tensor]:
+    """Collate rows of different length."""
+    return {
+        key: pad_sequence([row[key] for row in rows], batch_first=True, padding_value=PAD if key == "input_ids" else 0)
+        if rows[0][key].dim()
+        else torch.stack([row[key] for row in rows])
+        for key in rows[0]
+    }
+
+
+def collator_of(scenario: Scenario) -> Any:
+    """What makes its micro-batches."""
+    return padding if scenario.ragged else shortest if scenario.dynamic else default_data_collator
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------
