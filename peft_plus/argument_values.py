@@ -12,11 +12,18 @@ from .errors import MethodError
 
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("per_device_train_batch_size", lambda v: v >= 1, "a number of rows ≥ 1"),
+    ("per_device_eval_batch_size", lambda v: v >= 1, "a number of rows ≥ 1"),
     ("gradient_accumulation_steps", lambda v: v >= 1, "a number of micro-batches ≥ 1"),
     ("max_steps", lambda v: v != 0, "a number of optimizer steps ≥ 1, or leave it out and set num_train_epochs"),
     ("max_grad_norm", lambda v: v is None or v >= 0, "a norm > 0, or 0 for no clipping"),
     ("weight_decay", lambda v: math.isfinite(v) and v >= 0, "a finite number ≥ 0"),
     ("label_smoothing_factor", lambda v: 0 <= v < 1, "a number from 0 to below 1"),
+)
+_ADAM: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("adam_beta1", lambda v: 0 <= v < 1, "a number from 0 to below 1"),
+    ("adam_beta2", lambda v: 0 <= v < 1, "a number from 0 to below 1"),
+    # A gradient of exactly 0, as LoRA's A has it in its first step, would be divided by 0.
+    ("adam_epsilon", lambda v: math.isfinite(v) and v > 0, "a finite number > 0, e.g. 1e-8"),
 )
 
 
@@ -31,21 +38,30 @@ def check_values(args: Any, *, own_optimizer: bool) -> None:
     """
     if args is None:
         return
-    for name, fits, expected in _RULES:
+    adam = not own_optimizer and "adam" in str(getattr(args.optim, "value", args.optim))
+    for name, fits, expected in (*_RULES, *(_ADAM if adam else ())):
         value = getattr(args, name, None)
-        if value is not None and not fits(value):
-            raise MethodError(f"TrainingArguments({name}={value}): give {expected}.")
+        if value is not None and not _holds(fits, value):
+            raise MethodError(f"TrainingArguments({name}={value!r}): give {expected}.")
     rate = args.learning_rate
-    if not own_optimizer and not (math.isfinite(rate) and rate > 0):
+    if not own_optimizer and not _holds(lambda v: math.isfinite(v) and v > 0, rate):
         raise MethodError(
-            f"TrainingArguments(learning_rate={rate}): nothing would be learned, or everything ruined. Give a finite "
+            f"TrainingArguments(learning_rate={rate!r}): nothing would be learned, or everything ruined. Give a finite "
             "number > 0, e.g. 1e-4 for adapters, 2e-5 for whole models."
         )
-    if args.max_steps < 0 and not (math.isfinite(args.num_train_epochs) and args.num_train_epochs > 0):
+    if args.max_steps < 0 and not _holds(lambda v: math.isfinite(v) and v > 0, args.num_train_epochs):
         raise MethodError(
-            f"TrainingArguments(num_train_epochs={args.num_train_epochs}): not a single step would be made. Give a "
+            f"TrainingArguments(num_train_epochs={args.num_train_epochs!r}): not a single step would be made. Give a "
             "number > 0, or max_steps."
         )
+
+
+def _holds(fits: Callable[[Any], bool], value: Any) -> bool:
+    """Whether a rule holds; it does not for text, as a file of settings may bring it."""
+    try:
+        return fits(value)
+    except TypeError:
+        return False
 
 
 def check_best_metric(

@@ -1,22 +1,27 @@
-"""Which labels and token ids a model can take, and whether a batch holds others.
+"""Which labels and tokens a model can take, and whether a batch holds others.
 
 A label out of range is an IndexError on a CPU, after hours perhaps, and on a GPU a device assert that names nothing.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .arguments import plan_of
 from .errors import DataError
 from .layers import transformers_model
 from .tasks import Task
 from .tasks.base import IGNORED
+from .token_rows import Positions, positions_of, segments_of
+
+_INPUTS = ("input_ids", "inputs_embeds", "encoder_outputs", "pixel_values", "input_values", "input_features")
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,12 @@ class Limits:
         reals: labels are floats.
         vocabulary: `input_ids` are 0 … vocabulary − 1.
         aligned: a row has as many labels as token ids.
+        must_count: training data must have a label that the loss counts.
+        shifted: nothing predicts a row's first label.
+        inputs: columns of which the model needs one, the usual one first.
+        rows_of_tokens: a row is a sequence of tokens, and says nothing if none of them is seen.
+        positions: how long it may be.
+        segments: `token_type_ids` are 0 … segments − 1.
     """
 
     classes: int | None = None
@@ -38,6 +49,12 @@ class Limits:
     reals: bool = False
     vocabulary: int | None = None
     aligned: bool = False
+    must_count: bool = False
+    shifted: bool = False
+    inputs: tuple[str, ...] = ()
+    rows_of_tokens: bool = False
+    positions: Positions | None = None
+    segments: int | None = None
 
     def labels_fault(self, labels: np.ndarray | Tensor, classes: int | None = None) -> tuple[Any, str] | None:
         """The index of a label that the model cannot take, and what is wrong with it.
@@ -69,15 +86,40 @@ class Limits:
 
     def ids_fault(self, ids: np.ndarray | Tensor) -> tuple[Any, str] | None:
         """The index of a token id that has no embedding, and what is wrong with it."""
-        if self.vocabulary is None or _is_real(ids):
+        if self.vocabulary is None or 0 in ids.shape:
             return None
-        wrong = (ids < 0) | (ids >= self.vocabulary)
-        if not bool(wrong.any()):
-            return None
-        return _first(wrong), (
+        if _is_real(ids):
+            return (0,) * len(ids.shape), "is a float, and token ids are whole numbers: convert the column"
+        index = _outside(ids, self.vocabulary)
+        why = (
             f"is outside the model's vocabulary of {self.vocabulary}. Tokenise with the model's own tokenizer, or call "
             "model.resize_token_embeddings(len(tokenizer)) before get_model"
         )
+        return None if index is None else (index, why)
+
+    def segments_fault(self, segments: np.ndarray | Tensor) -> tuple[Any, str] | None:
+        """The index of a segment that has no embedding, and what is wrong with it."""
+        if self.segments is None or 0 in segments.shape:
+            return None
+        index = _outside(segments, self.segments)
+        why = (
+            f"is outside 0 … {self.segments - 1} (type_vocab_size={self.segments}). Tokenise with the model's own "
+            "tokenizer, or drop the column"
+        )
+        return None if index is None else (index, why)
+
+    def any_counts(self, labels: np.ndarray, row_of: np.ndarray) -> bool:
+        """Whether the loss counts one of these labels.
+
+        Args:
+            labels: of some whole rows, one after another.
+            row_of: the row of each.
+        """
+        counts = labels != IGNORED
+        if self.shifted:
+            counts[1:] &= row_of[1:] == row_of[:-1]
+            counts[:1] = False
+        return bool(counts.any())
 
 
 def limits_of(model: nn.Module, task: Task, *, own_loss: bool) -> Limits:
@@ -91,9 +133,32 @@ def limits_of(model: nn.Module, task: Task, *, own_loss: bool) -> Limits:
     if config is None:
         return Limits()
     # A model of several parts may replace placeholder ids by something else before its embedding.
-    vocabulary = _embeddings(base) if config.get_text_config() is config else None
+    text = config.get_text_config() is config
+    vocabulary = _embeddings(base) if text else None
     if own_loss:
         return Limits(vocabulary=vocabulary)
+    limits = _of_labels(base, task, vocabulary)
+    if not type(base).__module__.startswith("transformers."):
+        return limits  # its forward may cut long rows, or make its own inputs
+    takes = inspect.signature(type(base).forward).parameters
+    main = base.main_input_name
+    if main in takes:
+        limits = replace(limits, inputs=(main, *(name for name in _INPUTS if name in takes and name != main)))
+    if text and main == "input_ids":
+        limits = replace(limits, positions=positions_of(model), segments=segments_of(base))
+    # A plugin's term may train on rows without labels.
+    alone = not any("loss_terms" in plugin.hooks() for plugin in getattr(plan_of(model), "plugins", ()))
+    counted = limits.classes is not None or limits.counts == "choices"
+    return replace(
+        limits,
+        must_count=counted and alone,
+        shifted=task.predicts_next and not task.virtual_tokens,
+        rows_of_tokens=text and main == "input_ids" and alone and (counted or limits.reals),
+    )
+
+
+def _of_labels(base: Any, task: Task, vocabulary: int | None) -> Limits:
+    config = base.config
     match task.name:
         case "SEQ_CLS":
             kind = getattr(config, "problem_type", None)
@@ -113,19 +178,26 @@ def limits_of(model: nn.Module, task: Task, *, own_loss: bool) -> Limits:
 
 
 def check_batch(batch: Mapping[str, Any], limits: Limits, name: str, rows: Sequence[int]) -> None:
-    """Look at the labels and token ids of a collated batch. On the CPU, where collators work.
+    """Look at the labels and tokens of a collated batch. On the CPU, where collators work.
 
     Args:
         rows: the dataset's rows in it, where they are known.
     Raises:
         DataError: names the row, the value, and the fix.
     """
-    ids, labels = batch.get("input_ids"), batch.get("labels")
+    ids, segments, labels = (_on_cpu(batch, column) for column in ("input_ids", "token_type_ids", "labels"))
     faults: list[tuple[str, Any]] = []
-    if isinstance(ids, Tensor) and ids.device.type == "cpu":
+    if ids is not None:
         faults.append(("input_ids", limits.ids_fault(ids)))
-    if isinstance(labels, Tensor) and labels.device.type == "cpu":
-        choices = ids.shape[1] if limits.counts == "choices" and isinstance(ids, Tensor) and ids.dim() == 3 else None
+    if segments is not None:
+        faults.append(("token_type_ids", limits.segments_fault(segments)))
+    if labels is not None:
+        choices = ids.shape[1] if limits.counts == "choices" and ids is not None and ids.dim() == 3 else None
+        if labels.dtype == torch.bool and (limits.classes or limits.reals or choices):
+            raise DataError(
+                f"{name}: the batch's 'labels' are True and False, which no loss of transformers takes. Convert the "
+                "column: whole numbers for classes, floats for several labels in a row."
+            )
         several = limits.classes is not None and _is_real(labels) and labels.dim() > 1  # a 0/1 vector for each row
         if not several:
             faults.append(("labels", limits.labels_fault(labels, choices)))
@@ -133,9 +205,51 @@ def check_batch(batch: Mapping[str, Any], limits: Limits, name: str, rows: Seque
         if fault is not None:
             index, why = fault
             value = batch[column][index].item()
-            row = int(index[0]) if index else 0
-            where = f"{name}[{rows[row]}]" if row < len(rows) else f"row {row} of a batch of {name}"
+            where = _where(name, rows, int(index[0]) if index else 0)
             raise DataError(f"{where}, {column!r}: {value!r} {why}.")
+    if ids is not None and ids.dim() > 1:
+        _check_rows(ids, batch, limits, name, rows)
+
+
+def _check_rows(ids: Tensor, batch: Mapping[str, Any], limits: Limits, name: str, rows: Sequence[int]) -> None:
+    """Whether each row of a batch is one that the model can read."""
+    if limits.rows_of_tokens and not ids.shape[-1]:
+        raise DataError(f"{_where(name, rows, 0)} {NO_TOKEN}")
+    places, labels, mask = limits.positions, _on_cpu(batch, "labels"), _on_cpu(batch, "attention_mask")
+    if places is not None and batch.get("position_ids") is None and ids.shape[-1] + places.virtual > places.size:
+        for place, row in enumerate(ids.reshape(-1, ids.shape[-1])):
+            if (why := places.fault(row)) is not None:
+                raise DataError(f"{_where(name, rows, place * len(ids) * ids.shape[-1] // ids.numel())} {why}.")
+    # A mask of floats or of another shape is one that transformers adds to the attention.
+    if limits.rows_of_tokens and mask is not None and mask.shape == ids.shape and not _is_real(mask):
+        unseen = ~mask.bool().flatten(1).any(1)
+        if labels is not None and len(labels) == len(unseen):
+            unseen &= (labels != IGNORED).reshape(len(labels), -1).any(1)  # the other rows are padding themselves
+        if bool(unseen.any()):
+            raise DataError(f"{_where(name, rows, int(unseen.nonzero()[0]))} {UNSEEN}")
+
+
+NO_TOKEN = "has no token in 'input_ids', so nothing could be learned from it. Drop such rows, or mend their text."
+UNSEEN = (
+    "has an 'attention_mask' of zeros only, so the model would see none of its tokens. The mask is 1 at tokens, 0 at "
+    "padding: mend it, or drop the row."
+)
+
+
+def _where(name: str, rows: Sequence[int], row: int) -> str:
+    return f"{name}[{rows[row]}]" if row < len(rows) else f"row {row} of a batch of {name}"
+
+
+def _on_cpu(batch: Mapping[str, Any], column: str) -> Tensor | None:
+    value = batch.get(column)
+    return value if isinstance(value, Tensor) and value.device.type == "cpu" else None
+
+
+def _outside(values: np.ndarray | Tensor, count: int) -> Any:
+    """The index of a value that is not 0 … count − 1; None where there is none."""
+    if int(values.min()) >= 0 and int(values.max()) < count:
+        return None
+    return _first((values < 0) | (values >= count))
 
 
 def _is_real(values: np.ndarray | Tensor) -> bool:

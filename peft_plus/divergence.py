@@ -89,11 +89,15 @@ def check_update(norm: Any, parts: StepParts, model: nn.Module, *, step: int, ra
     causes = " ".join(one.text for one in found[:_SHOWN])
     kept = f"This update was not made: the weights are those after {step} finished steps, learning rate {rate:g}."
     if lost:
-        kept = (
-            f"{len(lost)} tensors of the model hold NaN or infinite values already, e.g. {lost[0]!r}: they came so, or "
-            f"the last update made them so (learning rate {rate:g}). Go back to a checkpoint from before."
-        )
-    message = " ".join(filter(None, (head, causes, kept, _fix(found))))
+        kept = f"{len(lost)} tensors of the model hold NaN or infinite values already, e.g. {lost[0]!r}: "
+        if not step:
+            kept += "they came so, for no update was made yet. Load or build the model anew."
+        elif step == 1:
+            kept += f"they came so, or the first update made them so (learning rate {rate:g}). Build the model anew."
+        else:
+            kept += f"they came so, or the last update made them so (learning rate {rate:g}). "
+            kept += "Go back to a checkpoint from before, or build the model anew."
+    message = " ".join(filter(None, (head, causes, kept, "" if lost and not step else _fix(found))))
     error = TrainingError(message)
     error.weights_lost = bool(lost)
     raise error

@@ -6,7 +6,7 @@ Its methods are called by the Trainer itself; a model without a plan trains as e
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +16,11 @@ from transformers.trainer_utils import has_length
 from .argument_values import check_best_metric, check_values
 from .arguments import objective_of, plan_of
 from .checkpoint import MANIFEST
-from .data_columns import check_columns
+from .data_columns import check_columns, check_inputs
 from .data_limits import Limits, limits_of
 from .effects import check_without_epochs
 from .errors import CheckpointError, DataError, EngagementError, MethodError, PluginError, TrainingError
+from .metric_values import named_metrics
 from .named_rows import Rows, hands_on, name_rows
 
 if TYPE_CHECKING:
@@ -62,14 +63,19 @@ class Safeguards(_Trainer):
             check_values(self.args, own_optimizer=own)
             self._check_training_data()
             self._check_evaluation()
+            self._step_loss.needs_labels = self._trains_on_labels
         hides = self.args.logging_nan_inf_filter
         if plan is not None and self.accelerator.scaler is None:
             # It would wait for the device twice per micro-batch to leave out of the log what ends this run anyway.
             self.args.logging_nan_inf_filter = False
         try:
-            return super().train(*args, **kwargs)
+            result = super().train(*args, **kwargs)
+            self._step_loss.check_labels(self.state.global_step)
+            return result
         except Exception as error:
             self._rescue(error)
+            if isinstance(error, EngagementError):  # that there were no labels tells more
+                self._step_loss.check_labels(self.state.global_step)
             raise
         finally:
             self.args.logging_nan_inf_filter = hides
@@ -106,7 +112,7 @@ class Safeguards(_Trainer):
             label = f"eval_dataset[{name!r}]" if name else "eval_dataset"
             if has_length(part) and len(part) == 0:
                 raise DataError(f"{label} has no rows, so no evaluation could return a metric. Give it rows.")
-            self._check_columns(part, label)
+            self._check_columns(part, label, training=False)
 
     def _own(self, method: str) -> bool:
         """Whether a Trainer class other than transformers' own defines the method."""
@@ -121,10 +127,18 @@ class Safeguards(_Trainer):
             return Limits()
         return limits_of(self.model, self._step_loss.task, own_loss=own)
 
-    def _check_columns(self, dataset: Any, name: str) -> None:
+    @property
+    def _trains_on_labels(self) -> bool:
+        """Whether the loss is known to be one of labels: the model's, through nobody's `compute_loss` but TRL's."""
+        owners = [cls for cls in type(self).__mro__ if "compute_loss" in vars(cls) and not _is_ours(cls)]
+        known = all(cls.__module__.startswith(("transformers.", "trl.")) for cls in owners)
+        return known and objective_of(type(self)) == "supervised"
+
+    def _check_columns(self, dataset: Any, name: str, *, training: bool = True) -> None:
         """Look through the columns, where it is known that the collator hands them on as they are."""
         if hands_on(self.data_collator):
-            check_columns(dataset, self._limits, name)
+            check_inputs(dataset, self._limits, name)
+            check_columns(dataset, self._limits, name, training=training)
 
     def get_train_dataloader(self) -> Any:
         loader = super().get_train_dataloader()
@@ -174,11 +188,19 @@ class Safeguards(_Trainer):
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
         if plan_of(self.model) is None:
             return super()._evaluate(*args, **kwargs)
-        compute, self.compute_metrics = self.compute_metrics, _named_metrics(self.compute_metrics)
+        compute, saved = self.compute_metrics, self.args.save_strategy != "no"
+        self.compute_metrics = named_metrics(compute, self._watched, saved=saved)
         try:
             return super()._evaluate(*args, **kwargs)
         finally:
             self.compute_metrics = compute
+
+    @property
+    def _watched(self) -> set[str]:
+        """The metric that chooses the best model, as `compute_metrics` may call it."""
+        wanted = (self.args.metric_for_best_model or "").removeprefix("eval_")
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        return {wanted, *(wanted.removeprefix(f"{name}_") for name in sets)} - {""}
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         try:
@@ -243,31 +265,6 @@ class _Named:
                 f"train_dataset could not give the batches of the step after step {self._step}: "
                 f"{type(error).__name__}: {error}."
             ) from error
-
-
-def _named_metrics(compute: Callable[..., Any] | None) -> Callable[..., Any] | None:
-    if compute is None:
-        return None
-
-    def named(*args: Any, **kwargs: Any) -> Any:
-        try:
-            metrics = compute(*args, **kwargs)
-        except Exception as error:
-            raise MethodError(
-                f"compute_metrics ({_called(compute)}) failed: {type(error).__name__}: {error}. Mend it; "
-                "trainer.evaluate() tries it without training."
-            ) from error
-        if not isinstance(metrics, Mapping):
-            raise MethodError(
-                f"compute_metrics ({_called(compute)}) returned {metrics!r}; expected a mapping from names to numbers."
-            )
-        return metrics
-
-    return named
-
-
-def _called(function: Any) -> str:
-    return getattr(function, "__qualname__", type(function).__name__)
 
 
 def _is_ours(cls: type[Any]) -> bool:

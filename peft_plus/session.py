@@ -249,6 +249,7 @@ class Session:
                 yield from self._one_epoch(loader)
                 if self.step == start:
                     raise MethodError(f"The loader gave no batch in epoch {self.epoch}, after {self.step} steps.")
+            self._loss.check_labels(self.step)
             self.engine.prove(None)
         finally:
             state.plugin_kwargs = before

@@ -10,11 +10,15 @@ from torch import Tensor, nn
 
 from . import losses
 from .divergence import StepParts
-from .errors import MethodError
+from .errors import MethodError, TrainingError
 from .layers import transformers_model
 from .losses import StepTotals
 from .plugin import LossTerm, Plugin, Run
 from .tasks import Task
+from .tasks.base import IGNORED
+
+UNLABELLED_IN_A_ROW = 20
+"""Steps without a single label, one after another: more than chance puts together where labels are rare."""
 
 
 class StepLoss:
@@ -31,6 +35,7 @@ class StepLoss:
     Attributes:
         done: how many of the step's micro-batches are done.
         parts: what the step is made of, for an error that has to say where it went wrong.
+        needs_labels: whether a step without labels trains nothing; a loss of the user's own may do without.
     """
 
     def __init__(
@@ -51,6 +56,9 @@ class StepLoss:
         self._first_examples: list[int] = []
         self.done = 0
         self.parts = StepParts()
+        self.needs_labels = True
+        self._unlabelled = 0  # steps in a row without a label, up to the one before the step at work
+        self._bare: bool | None = None  # whether that has none; None before the first, or where it has no batch
         self._means: dict[str, tuple[Tensor, int]] = {}  # loss term → sum of its means since the last log, how many
 
     def begin(self, batches: Sequence[Any], *, micro_batches: int) -> None:
@@ -59,7 +67,11 @@ class StepLoss:
         Args:
             batches: this process's micro-batches of the step.
             micro_batches: as many as any process may have in a step; equal on all of them.
+        Raises:
+            TrainingError: no step has had a label for long.
         """
+        self.check_labels(UNLABELLED_IN_A_ROW)
+        self._unlabelled = self.unlabelled
         rows = [number_of_rows(batch) for batch in batches]
         labels, self._uncounted = 0.0, ""
         try:
@@ -75,6 +87,7 @@ class StepLoss:
         self._first_examples, self.done = [int(first) for first in before], 0
         self.parts = StepParts(batches=batches, first=self._first_examples)
         counted, filled = bool((table[:, 0] > 0).all()), bool((counts[:, : len(batches)] > 0).all())
+        self._bare = counted and not bool(table[:, 1].any()) if bool(counts.any()) else None
         if not self._together:
             table, counts = mine[None], mine[None, 2:]
         self._totals = StepTotals(
@@ -83,6 +96,30 @@ class StepLoss:
             micro_batches=len(batches),
             processes=len(table),
         )
+
+    @property
+    def unlabelled(self) -> int:
+        """Finished steps in a row, up to the last, in which nothing was to be learned."""
+        if self._bare is None:
+            return self._unlabelled
+        other = self.parts.owners or (self.parts.batches and not self.parts.losses)  # a plugin's loss, or the loop's
+        return self._unlabelled + 1 if self._bare and not other else 0
+
+    def check_labels(self, steps: int) -> None:
+        """Stop a run without labels, which would go on without training.
+
+        Args:
+            steps: so many in a row are too many; at the end of a run all that it made.
+        Raises:
+            TrainingError: they had no label at all, on any process.
+        """
+        if self.needs_labels and 0 < steps <= self.unlabelled:
+            first = ", or the first of its row" if self.task.predicts_next else ""
+            raise TrainingError(
+                f"The last {self.unlabelled} steps had no label that the loss counts, so nothing was learned in them: "
+                f"all are {IGNORED}{first}. Look at what makes them: a prompt that fills max_length, a mask over "
+                "the wrong part, the collator."
+            )
 
     @property
     def totals(self) -> StepTotals | None:

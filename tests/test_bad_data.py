@@ -178,14 +178,23 @@ def test_what_is_fine_stays_so(tmp_path: Path) -> None:
 
 
 def test_columns_that_the_model_does_not_take(tmp_path: Path) -> None:
-    """A table: transformers' own error, which is as clear. Plain rows: the batch is empty, and only we say why."""
+    """What a collator of the user's own makes of them, only the batch can tell."""
     model = built()
     watch = Watched(model)
-    text = datasets.Dataset.from_dict({"text": ["a"] * 8, "stars": [1] * 8})
-    refused(trainer(model, tmp_path, text).train, ValueError, "No columns in the dataset match", "text", "stars")
     plain = [{"text": "a", "stars": 1}] * 8
+    for text in (plain, datasets.Dataset.from_list(plain), datasets.Dataset.from_dict({"text": ["a"], "labels": [1]})):
+        refused(
+            trainer(model, tmp_path, text).train,
+            DataError,
+            "train_dataset has no column 'input_ids'",
+            "task.preprocess",
+        )
+
+    def mine(made: list[Any]) -> Any:
+        return default_data_collator(made)
+
     refused(
-        trainer(model, tmp_path, plain).train,
+        trainer(model, tmp_path, plain, data_collator=mine).train,
         DataError,
         r"batch of train_dataset\[0, 1, 2, 3\] is empty",
         "rename the columns",

@@ -216,7 +216,7 @@ def test_frozen_weights_that_are_nan_are_the_cause_of_the_nan_loss(tmp_path: Pat
         TrainingError,
         "The loss of step 0 is nan",
         f"1 tensors of the model hold NaN or infinite values already, e.g. '{re.escape(name)}'",
-        "a checkpoint from before",
+        "no update was made yet. Load or build the model anew.$",
     )
     assert not (tmp_path / "stopped").exists()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -38,6 +39,11 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "no micro-batches": ({"gradient_accumulation_steps": 0}, ("gradient_accumulation_steps=0", "≥ 1")),
     "a clipping norm that is no number": ({"max_grad_norm": NAN}, ("max_grad_norm=nan", "0 for no clipping")),
     "an infinite weight decay": ({"weight_decay": float("inf")}, ("weight_decay=inf", "finite")),
+    "a rate that is text": ({"learning_rate": "1e-3"}, ("learning_rate='1e-3'", "> 0")),
+    "a weight decay that is text": ({"weight_decay": "0.1"}, ("weight_decay='0.1'", "finite number")),
+    "no rows to evaluate in a batch": ({"per_device_eval_batch_size": 0}, ("per_device_eval_batch_size=0", "≥ 1")),
+    "a beta of Adam above 1": ({"optim": "adamw_torch", "adam_beta1": 1.5}, ("adam_beta1=1.5", "below 1")),
+    "an epsilon of zero": ({"optim": "adamw_torch", "adam_epsilon": 0.0}, ("adam_epsilon=0.0", "> 0")),
     "too much label smoothing": ({"label_smoothing_factor": 1.0}, ("label_smoothing_factor=1.0", "below 1")),
 }
 
@@ -66,6 +72,10 @@ def test_arguments_that_were_changed_after_the_trainer_was_built(tmp_path: Path)
     run = trainer(built(), tmp_path)
     run.args.learning_rate = NAN
     refused(run.train, MethodError, "learning_rate=nan")
+
+
+def test_settings_of_adam_are_adams_own(tmp_path: Path) -> None:
+    trainer(built(), tmp_path, max_steps=1, adam_epsilon=0.0, adam_beta1=1.5).train()  # SGD
 
 
 def test_the_rate_of_an_optimizer_of_ones_own_is_its_own(tmp_path: Path) -> None:
@@ -144,6 +154,33 @@ def test_metrics_that_do_come(given: dict[str, Any], tmp_path: Path) -> None:
     assert trainer(built(), tmp_path, **given).train().global_step == 2
 
 
+class Several(TrainerCallback):
+    """Notes what was logged."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
+        self.metrics = metrics
+
+
+@pytest.mark.parametrize("value", [[0.5, 0.1], "fair", None, np.float32(0.5), torch.tensor(0.5), np.int64(3), NAN])
+def test_metrics_that_are_only_logged_may_be_what_a_checkpoint_can_hold(value: Any, tmp_path: Path) -> None:
+    told = Several()
+    given = {"eval_dataset": rows(count=4), **EVALUATES, "max_steps": 2, "callbacks": [told], "save_strategy": "steps"}
+    trainer(built(), tmp_path, compute_metrics=lambda prediction: {"mine": value}, **given).train()
+    assert "eval_mine" in told.metrics
+
+
+@pytest.mark.parametrize("value", [0.5, np.float32(0.5), torch.tensor(0.5), np.int64(3), True])
+def test_any_number_can_choose_the_best_model(value: Any, tmp_path: Path) -> None:
+    given = {"eval_dataset": rows(count=4), **BEST, "max_steps": 2, "metric_for_best_model": "f1"}
+    metrics = {"f1": value, "macro_f1": [0.5, 0.1]}
+    assert trainer(built(), tmp_path, compute_metrics=lambda prediction: metrics, **given).train().global_step == 2
+
+
+def test_arrays_in_a_log_that_is_not_saved(tmp_path: Path) -> None:
+    given = {"eval_dataset": rows(count=4), **EVALUATES, "max_steps": 2, "save_strategy": "no"}
+    trainer(built(), tmp_path, compute_metrics=lambda prediction: {"each": np.ones(3)}, **given).train()
+
+
 def broken_metrics(prediction: Any) -> dict[str, float]:
     raise KeyError("label 3")
 
@@ -160,6 +197,23 @@ FIRST_EVALUATION: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "a metric that returns a number": (
         {"compute_metrics": lambda prediction: 0.5, **EVALUATES},
         ("compute_metrics .*<lambda>. returned 0.5", "mapping"),
+    ),
+    "a best metric that is text": (
+        {"compute_metrics": lambda prediction: {"f1": "good"}, **BEST, "metric_for_best_model": "f1"},
+        ("compute_metrics .*<lambda>. returned 'f1': 'good'", "metric_for_best_model", "a single number"),
+    ),
+    "a best metric of one of several sets that is a list": (
+        {
+            "eval_dataset": {"a": rows(count=4)},
+            "compute_metrics": lambda prediction: {"f1": [0.5, 0.1]},
+            **BEST,
+            "metric_for_best_model": "eval_a_f1",
+        },
+        (r"returned 'f1': \[0.5, 0.1\]", "a single number"),
+    ),
+    "a metric that no checkpoint can hold": (
+        {"compute_metrics": lambda prediction: {"each": np.ones(3)}, **EVALUATES, "save_strategy": "steps"},
+        ("returned 'each': array", "ndarray", "tolist"),
     ),
     "a metric that returns nothing": ({"compute_metrics": lambda prediction: None, **EVALUATES}, ("returned None",)),
     "a bad row to evaluate on": (
