@@ -1,7 +1,8 @@
 """Loops that take turns, one optimizer step each, so that a busy machine is busy for all of them alike.
 
 Each loop runs in a thread of its own, of which only one works at a time. A step of one loop is compared with the step
-of the other beside it; a median over many such pairs tells differences far below what single runs scatter by.
+of the other beside it; a median over many such pairs tells differences far below what single runs scatter by. Who goes
+first changes from round to round, since a step finds in the caches what the step before it left there.
 """
 
 from __future__ import annotations
@@ -32,25 +33,35 @@ class _Players:
 
     def __init__(self, number: int) -> None:
         self._condition = threading.Condition()
-        self._order = list(range(number))
+        self._playing = list(range(number))
+        self._left = list(self._playing)  # of this round, in order
         self.failure: BaseException | None = None
 
     def wait(self, player: int) -> None:
         with self._condition:
-            self._condition.wait_for(lambda: self.failure is not None or self._order[0] == player)
+            self._condition.wait_for(lambda: self.failure is not None or self._left[0] == player)
         if self.failure is not None:
             raise _Stopped
 
     def pass_on(self) -> None:
         with self._condition:
-            self._order.append(self._order.pop(0))
+            self._left.pop(0)
+            self._next_round()
             self._condition.notify_all()
 
     def leave(self, player: int, failure: BaseException | None) -> None:
         with self._condition:
             self.failure = self.failure or failure
-            self._order.remove(player)
+            self._playing.remove(player)
+            if player in self._left:
+                self._left.remove(player)
+            self._next_round()
             self._condition.notify_all()
+
+    def _next_round(self) -> None:
+        if not self._left:
+            self._playing.reverse()
+            self._left = list(self._playing)
 
 
 class _Stopped(Exception):
@@ -105,6 +116,20 @@ def take_turns(loops: Mapping[str, Loop], *, warm_up: int = 3) -> dict[str, Laps
         raise players.failure
     laps = {name: np.array(of_one[warm_up:]).reshape(-1, 2) for name, of_one in times.items()}
     return {name: Laps(lap[:, 0], lap[:, 1]) for name, lap in laps.items()}
+
+
+def take_turns_both_ways(loops: Mapping[str, Loop], *, warm_up: int = 3) -> dict[str, Laps]:
+    """`take_turns` twice, with the loops made in either order, since memory is laid out in the order it is asked for.
+
+    Returns: name → the laps of both, shape (2 · (steps - warm_up),) each; pairs stay pairs.
+    """
+    first, second = take_turns(loops, warm_up=warm_up), take_turns(dict(reversed(loops.items())), warm_up=warm_up)
+    return {
+        name: Laps(
+            np.concatenate([first[name].cpu, second[name].cpu]), np.concatenate([first[name].wall, second[name].wall])
+        )
+        for name in loops
+    }
 
 
 def _stay_on_one_core() -> None:
