@@ -45,12 +45,14 @@ def start(folder: Path, seed: int, tasks: Sequence[Task]) -> subprocess.Popen[by
 
 def main(folder: Path, seed: int, tasks: Sequence[Task]) -> None:
     import torch
+    from tqdm import tqdm
 
     from .cold import cold_storm
     from .sweep import sweep
     from .warm import Warm
 
     torch.set_num_threads(1)
+    tqdm.monitor_interval = 0  # its monitor, which watches transformers' progress bars, is a thread
     draw = random.Random(seed)
     warm = Warm(folder, draw)
     results: list[dict[str, Any]] = []
