@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -80,6 +81,13 @@ def check_arguments(plan: Plan, args: TrainingArguments | None) -> None:
     checkpointing = getattr(args, "activation_checkpointing", False) or getattr(args, "gradient_checkpointing", False)
     if checkpointing and plan.tuner == "prefix_tuning":
         raise MethodError("prefix_tuning does not work with gradient checkpointing (PEFT's limit): drop one of them.")
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and args.world_size == 1:
+        raise MethodError(
+            f"{launched} processes were launched, but each would train alone, into one output_dir: torch finds no GPU "
+            "for them. On CPUs set ACCELERATE_USE_CPU=1 before `accelerate launch`; with GPUs see why "
+            "torch.cuda.is_available() is False."
+        )
     if args.n_gpu > 1 and plan.plugins:
         raise MethodError("nn.DataParallel cannot run plugins: start the script with `accelerate launch` instead.")
     check_strategy(plan, args)

@@ -73,7 +73,8 @@ class Limits:
             wrong = ~(abs(labels) < np.inf)
             return (_first(wrong), "is no finite number. Mend or drop the row") if bool(wrong.any()) else None
         if self.reals:
-            return first, "is a whole number, and the loss of this model takes floats: convert the column"
+            fix = "convert the column; for classes build the model with num_labels=2 or more"
+            return first, f"is a whole number, and this model does a regression, which takes floats: {fix}"
         if classes is None:
             return None
         wrong = (labels != IGNORED) & ((labels < 0) | (labels >= classes))

@@ -79,6 +79,11 @@ class Effects:
         return bool(self._gates)
 
     @property
+    def scheduled_by(self) -> list[str]:
+        """The names of the plugins that freeze and thaw."""
+        return [plugin.name for plugin in self._gates]
+
+    @property
     def depths(self) -> tuple[int, ...]:
         """The depths at which something may train, from the top down."""
         return tuple(sorted({self.plan.params[n].depth for n in self._tensors}, reverse=True))

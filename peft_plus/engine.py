@@ -96,7 +96,12 @@ class Engine:
         never = self.effects.never_trained(self.run)
         if never:
             names = ", ".join(label(g, plan.layers.num_blocks) for g in sorted(never, reverse=True))
-            logger.warning("In these %d steps the schedule never trains: %s.", max_steps, names)
+            logger.warning(
+                "In these %d steps the schedule (%s) never trains: %s. A longer run would, or a quicker schedule.",
+                max_steps,
+                ", ".join(self.effects.scheduled_by),
+                names,
+            )
         self._check_states()
         if not self._changes():
             self.effects.recall(self.run)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .errors import MethodError
+from .errors import EngagementError, MethodError
 
 _BODY = "Put the body of the loop into `with accelerator.accumulate(session.model):`."
 
@@ -27,6 +27,7 @@ class LoopWatch:
         self._place = 0  # of the micro-batch in hand
         self._step = 0
         self._cleared = True  # since the last update
+        self._updates = self._at_rest = 0  # all, and those at a learning rate of 0
         self._held: tuple[nn.Parameter, Tensor] | None = None  # a gradient that the last update used
 
     def listen(self, optimizer: Optimizer) -> None:
@@ -53,8 +54,12 @@ class LoopWatch:
         """The body of the loop gets the micro-batch number `place` of the step."""
         self._place = place
 
-    def before_update(self) -> None:
-        """Right before `optimizer.step()`."""
+    def before_update(self, *, at_rest: bool) -> None:
+        """Right before `optimizer.step()`.
+
+        Args:
+            at_rest: whether every learning rate is 0.
+        """
         if not self.size:
             raise MethodError(f"optimizer.step() belongs into the body of the loop, once for each step. {_BODY}")
         if self.updated:
@@ -71,6 +76,16 @@ class LoopWatch:
                     f"optimizer.zero_grad() was not called after step {self._step}: its gradients would be added to "
                     f"those of step {self._step + 1}. Call it after optimizer.step()."
                 )
+
+        self._updates, self._at_rest = self._updates + 1, self._at_rest + at_rest
+
+    def check_rates(self) -> None:
+        """At the end of a run. A single update may have stood at the begin of a warm-up."""
+        if self._updates > 1 and self._updates == self._at_rest:
+            raise EngagementError(
+                f"All {self._updates} updates were made at a learning rate of 0, so nothing was learned: a schedule "
+                "with a warm-up waits for schedule.step() in the body of the loop."
+            )
 
     def after_update(self, tensors: Collection[nn.Parameter]) -> None:
         """Right after `optimizer.step()`.

@@ -138,6 +138,8 @@ class Session:
         params = settings.pop("params", None)
         everything = list(self.engine.effects.tensors.values())
         optimizer = optimizer_class(everything if params is None else params, **settings)
+        if _at_rest(optimizer):
+            raise MethodError("session.optimizer(…, lr=0): nothing would be learned. Give a rate > 0.")
         self.engine.adopt(optimizer)
         self._let_ddp_wait_for_nothing()
         self.model, prepared = self.accelerator.prepare(self.bare_model, optimizer)
@@ -250,6 +252,7 @@ class Session:
                 if self.step == start:
                     raise MethodError(f"The loader gave no batch in epoch {self.epoch}, after {self.step} steps.")
             self._loss.check_labels(self.step)
+            self._watch.check_rates()
             self.engine.prove(None)
         finally:
             state.plugin_kwargs = before
@@ -345,11 +348,28 @@ class Session:
         if not total.requires_grad:
             raise self.engine.no_gradient()
         self.engine.after_forward()
-        return total * self.accelerator.gradient_accumulation_steps  # by which accelerator.backward will divide
+        total = total * self.accelerator.gradient_accumulation_steps  # by which accelerator.backward will divide
+        if self.step == 0 and self.accelerator.gradient_accumulation_steps > 1:
+            total.register_hook(self._check_backward)
+        return total
+
+    def _check_backward(self, gradient: Tensor) -> None:
+        """In the first step: `loss.backward()` would not divide."""
+        if float(gradient) == 1:
+            raise MethodError(
+                f"loss.backward() makes gradients {self.accelerator.gradient_accumulation_steps} times too large: call "
+                "accelerator.backward(loss), which divides by the accumulation."
+            )
 
     def _before_update(self) -> None:
-        self._watch.before_update()
+        self._watch.before_update(at_rest=_at_rest(self.optimizers[0].optimizer))
         parts = self._loss.parts
+        if len(parts.losses) < len(self._window):
+            raise MethodError(
+                f"session.loss(batch) was asked for {len(parts.losses)} of the {len(self._window)} micro-batches of "
+                f"step {self.step + 1}: without it the plugins' terms and the exact scale are missing. A loss of your "
+                "own goes through it, too: session.loss(batch, loss=mine)."
+            )
         parts.rows = self.data.rows_of_last(len(self._window))
         self.engine.check_update(gradient_norm(self.engine.effects.tensors.values()), parts)
         self.engine.before_update()
@@ -423,6 +443,11 @@ class Session:
         if not self.optimizers:
             raise MethodError("Call session.optimizer(…) before session.resume(…): it loads its state.")
         return session_checkpoint.resume(self, Path(source))
+
+
+def _at_rest(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its every learning rate is 0."""
+    return all(group["lr"] is not None and float(group["lr"]) == 0 for group in optimizer.param_groups)
 
 
 def _plan_of(model: nn.Module) -> Plan:

@@ -192,14 +192,14 @@ def run_session(
     accumulation: int,
     loss: Callable[[Any, Row], Tensor] | None = None,
 ) -> Recorder:
-    """One epoch of a bare loop, in which the weights stay.
+    """One update of a bare loop.
 
     Args:
         loss: the user's own: output and batch → the mean over its labels.
     """
     recorder, accelerator = Recorder(), Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
     session = Session(model, accelerator, epochs=1)
-    optimizer = session.optimizer(torch.optim.SGD, lr=0.0)
+    optimizer = session.optimizer(torch.optim.SGD, lr=1e-3)
     loader = session.loader(rows, batch_size, collate_fn=recorder.collate)
     for data in session.batches(loader):
         with accelerator.accumulate(session.model):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup
 
 import peft_plus
-from peft_plus import CheckpointError, MethodError, Plugin, Run, Session, get_model
+from peft_plus import CheckpointError, EngagementError, MethodError, Plugin, Run, Session, get_model
 from peft_plus.errors import DataError
 
 from .models import batch, tiny
@@ -341,20 +341,22 @@ def test_logs_are_the_tasks_mean_over_labels_and_the_means_of_the_terms() -> Non
     model = built({"lora": {}, "r3f": {"eps": 0.5}}, "bert", "TOKEN_CLS")
     engine = accelerator(2)
     session = Session(model, engine, epochs=1)
-    optimizer = session.optimizer(torch.optim.SGD, lr=0.0)
-    steps: list[list[dict[str, Tensor]]] = [[]]
+    optimizer = session.optimizer(torch.optim.SGD, lr=1e-3)
+    step: list[dict[str, Tensor]] = []
+    means, sizes = [], []
     for data in session.batches(session.loader(rows_of("bert", "TOKEN_CLS", 18), 4, collate_fn=collate)):
-        steps[-1].append(data)
+        step.append(data)
         with engine.accumulate(session.model):
             engine.backward(session.loss(data))
+            if engine.sync_gradients:
+                whole = collate([row for part in step for row in unstacked(part)])
+                with torch.no_grad():
+                    means.append(float(model(**whole).loss))
+                sizes.append(len(whole["labels"]))
+                step.clear()
             optimizer.step()
             optimizer.zero_grad()
-        if engine.sync_gradients:
-            steps.append([])
-    wholes = [collate([row for part in step for row in unstacked(part)]) for step in steps[:-1]]
-    with torch.no_grad():
-        means = [float(model(**whole).loss) for whole in wholes]
-    assert [len(whole["labels"]) for whole in wholes] == [8, 8, 2]
+    assert sizes == [8, 8, 2]
     logs = session.logs()
     assert logs["loss"] == pytest.approx(sum(means) / 3, rel=1e-6)
     assert logs["r3f"] > 0
@@ -691,6 +693,44 @@ def test_clearing_the_gradients_of_earlier_micro_batches_is_told() -> None:
 
     with pytest.raises(MethodError, match=r"throw away the gradients of 3 of the 4 micro-batches of step 1"):
         loop()
+
+
+def test_a_loss_past_the_session_is_told() -> None:
+    """The plugins' terms would be missing."""
+    session, optimizer, loader = prepared(built({"lora": {}, "r3f": {"eps": 0.1}}))
+
+    def loop() -> None:
+        for data in session.batches(loader):
+            session.accelerator.backward(session.model(**data).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    with pytest.raises(MethodError, match=r"session\.loss\(batch\) was asked for 0 of the 1 micro-batches of step 1"):
+        loop()
+
+
+def test_a_backward_past_accelerate_is_told() -> None:
+    session, optimizer, loader = prepared(accumulation=2)
+
+    def loop() -> None:
+        for data in session.batches(loader):
+            with session.accelerator.accumulate(session.model):
+                session.loss(data).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+    with pytest.raises(MethodError, match=r"loss\.backward\(\) makes gradients 2 times too large"):
+        loop()
+
+
+def test_a_rate_of_zero_is_told() -> None:
+    session = Session(built(), accelerator(), epochs=1)
+    with pytest.raises(MethodError, match=r"lr=0\): nothing would be learned"):
+        session.optimizer(torch.optim.AdamW, lr=0.0)
+    session, optimizer, loader = prepared()
+    session.scheduler("linear", num_warmup_steps=2)  # never stepped
+    with pytest.raises(EngagementError, match=r"All 6 updates were made at a learning rate of 0.*schedule\.step\(\)"):
+        backward_only(session, loader, then=lambda: (optimizer.step(), optimizer.zero_grad()))
 
 
 def test_two_updates_in_one_step_are_told() -> None:

@@ -61,9 +61,7 @@ def built() -> Any:
     lp_ft = registry.load(registry.entries("plugin")["lp_ft"])
     unfreeze = registry.load(registry.entries("plugin")["gradual_unfreeze"])
     lora = LoraConfig(task_type="SEQ_CLS", lora_dropout=0.1)
-    return get_model(
-        tiny("bert", **DROPOUT), [lora, lp_ft(probe_epochs=PROBE_STEPS / 3), unfreeze(every=2), Falling()]
-    )
+    return get_model(tiny("bert", **DROPOUT), [lora, lp_ft(probe_epochs=PROBE_STEPS / 3), unfreeze(every=2), Falling()])
 
 
 def rows() -> list[dict[str, Tensor]]:

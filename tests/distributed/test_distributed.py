@@ -16,6 +16,7 @@ from torch import nn
 
 import peft_plus
 from peft_plus import MethodError, get_model
+from peft_plus.arguments import check_arguments
 from peft_plus.distributed import (
     check_accelerator,
     check_batches,
@@ -130,6 +131,15 @@ def test_checkpointing_switched_on_by_hand(reentrant: bool, refused: bool) -> No
             check_accelerator(model.peft_plus, model, accelerator())
     else:
         check_accelerator(model.peft_plus, model, accelerator())
+
+
+def test_a_launch_whose_processes_would_train_alone(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`accelerate launch` on a machine without GPUs, and without ACCELERATE_USE_CPU."""
+    args = SimpleNamespace(**{**vars(quiet(tmp_path)), "world_size": 1, "n_gpu": 1})
+    method = plan("lora")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(MethodError, match=r"8 processes were launched, but each would train alone.*_USE_CPU=1"):
+        check_arguments(method, args)
 
 
 # ---- DeepSpeed ---------------------------------------------------------------------------------------------------
