@@ -34,7 +34,7 @@ setup: $(READY)  ## Make .venv with the tested versions and every package of thi
 
 inputs: $(DATA) $(MODELS) $(PEFT_TESTS)  ## Fetch the real models, sentences and PEFT's tests that the tests and the demo use.
 
-demo: $(READY) $(DATA) $(MODELS)  ## Fine-tune MiniLM on movie sentences, with and without plugins (8 to 13 minutes).
+demo: $(READY) $(DATA) $(MODELS)  ## Fine-tune MiniLM on movie sentences, with and without plugins (6 to 13 minutes).
 	@$(BIN)/python -m examples.demo
 
 test: lint types inputs  ## Run everything that CI runs.
