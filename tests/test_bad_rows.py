@@ -148,11 +148,7 @@ def test_a_session_whose_loss_is_its_own_needs_none() -> None:
         output = session.model(**batch)
         return session.loss(batch, output=output, loss=output.logits.square().mean())
 
-    def all_mine(session: Session, batch: Any) -> Any:  # never asks for session.loss
-        return session.model(input_ids=batch["input_ids"]).logits.square().mean()
-
     loop(built(), rows(), UNLABELLED_IN_A_ROW + 2, mine, unlabelled)
-    loop(built(), rows(), UNLABELLED_IN_A_ROW + 2, all_mine, made_late)
 
 
 # ---- rows that the model cannot read -----------------------------------------------------------------------------
