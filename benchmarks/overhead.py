@@ -22,10 +22,9 @@ import numpy as np
 
 from examples.demo import quiet
 
+from . import loops
 from .checkpoint_cost import checkpoint_table
 from .loops import (
-    ROWS,
-    TOKENS,
     Make,
     bare_loop,
     minilm,
@@ -55,7 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="the tiny model, few steps, no plugins: shows that it runs"
     )
+    parser.add_argument("--rows", type=int, default=loops.ROWS, help="of a batch; few show what a step itself costs")
+    parser.add_argument("--tokens", type=int, default=loops.TOKENS, help="of a row")
     options = parser.parse_args(argv)
+    loops.ROWS, loops.TOKENS = options.rows, options.tokens
     steps = 8 if options.quick else options.steps
     bases: dict[str, Make] = {"tiny BERT": tiny}
     if not options.quick:
@@ -86,8 +88,8 @@ def step_table(
     import peft_plus
 
     yield from (
-        f"Time of an optimizer step, {ROWS} × {TOKENS} tokens, one thread, steps in turn; target ≤ {TARGET:.0%} on "
-        "MiniLM-L6.",
+        f"Time of an optimizer step, {loops.ROWS} × {loops.TOKENS} tokens, one thread, steps in turn; target ≤ "
+        f"{TARGET:.0%} on MiniLM-L6.",
         "",
         "| what | against | model | step, ms | more, µs (quartiles) | share | by the clock | pairs |",
         "|---|---|---|--:|--:|--:|--:|--:|",
@@ -191,11 +193,11 @@ def memory_table(bases: Mapping[str, Make], missed: list[str]) -> Iterator[str]:
         def planned(base: Make = base) -> Any:
             return our_model(base, {})
 
-        loops = {
+        sides = {
             "Trainer": (trainer_loop(transformers.Trainer, stock, 1), trainer_loop(peft_plus.Trainer, planned, 1)),
             "Accelerate": (bare_loop(stock, 1), session_loop(planned, 1)),
         }
-        for name, pair in loops.items():
+        for name, pair in sides.items():
             plain, ours = (saved_bytes(loop) for loop in pair)
             yield f"| {title} | {name} | {plain:,} | {ours:,} | {'yes' if plain == ours else 'NO'} |"
             if plain != ours:
