@@ -227,10 +227,6 @@ class SealedCheckpoints(RepeatableData):
 
     # ---- reading -------------------------------------------------------------------------------------------------
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        with loading(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
         try:
