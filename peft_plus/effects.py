@@ -89,6 +89,12 @@ class Effects:
         return tuple(sorted({self.plan.params[n].depth for n in self._tensors}, reverse=True))
 
     @property
+    def lowest(self) -> int:
+        """The lowest depth at which something trains now; L + 2 where nothing does. All blocks below it are frozen."""
+        trained = (self.plan.params[name].depth for name, trains in self._wanted.items() if trains)
+        return min(trained, default=self.plan.layers.num_blocks + 2)
+
+    @property
     def tensors(self) -> Mapping[str, nn.Parameter]:
         """Name → parameter of all that may train in this stage."""
         return self._tensors
