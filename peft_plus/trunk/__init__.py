@@ -1,0 +1,22 @@
+"""The trunk: the lowest blocks of a model, as long as they are frozen. Computed once, and skipped from then on.
+
+Frozen and in eval mode, the lowest k blocks give the same output for the same example for ever.
+
+| file | subject |
+|---|---|
+| `passes.py` | stop behind the trunk; run what lies above it on an output from outside |
+| `rows.py` | a name for each row of a batch, by its content |
+| `store.py` | rows on disk, ragged and memory-mapped |
+| `identity.py` | what the trunk's output depends on: when a store may be used |
+| `cache.py` | one model's training passes, served from a store |
+| `service.py` | when the trunk of a run is served, up to which block, and what that saves |
+"""
+
+from __future__ import annotations
+
+from .cache import CacheOptions, TrunkCache
+from .passes import Trunk, hidden
+from .service import TrunkService
+from .store import FeatureStore
+
+__all__ = ["CacheOptions", "FeatureStore", "Trunk", "TrunkCache", "TrunkService", "hidden"]

@@ -1,0 +1,206 @@
+"""Passes that stop behind the trunk, and passes that skip it. Neither renames, replaces or copies a module.
+
+- *stop*: a hook on block k takes its output and leaves the forward pass there;
+- *skip*: for one pass, blocks 1..k−1 hand their input on and block k gives the stored output. The model itself still
+  makes its masks and position embeddings, which a list of blocks cut off at k would have to imitate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import Layers, transformers_model
+
+
+class Trunk:
+    """The lowest blocks of the stack that reads the input: an encoder-decoder's encoder, else the only stack.
+
+    Args:
+        model: a transformers model, or a PeftModel over one.
+        layers: where its parameters lie.
+        depth: k ≥ 1, the depth of the last block that belongs to the trunk.
+    Raises:
+        ValueError: no block of that stack lies at or below `depth`.
+    """
+
+    def __init__(self, model: nn.Module, layers: Layers, depth: int) -> None:
+        self.depth = depth
+        self._inner = transformers_model(model)
+        self.blocks = trunk_blocks(model, layers, depth)
+        if not self.blocks:
+            raise ValueError(f"there is no block at depth 1 to {depth} that reads the input.")
+        self._all_blocks = [model.get_submodule(name) for row in layers.blocks for name in row]
+        self._sides: tuple[Any, ...] | None = None  # what a block returns beside its hidden states
+        self._tuples = False  # whether it returns a tuple
+        self._modules: list[nn.Module] | None = None  # what runs in the trunk
+
+    def features(self, forward: Callable[..., Any], kwargs: Mapping[str, Any]) -> Tensor:
+        """The trunk's output, in eval mode and without a gradient; nothing above the trunk runs.
+
+        Args:
+            forward: of the model.
+            kwargs: its arguments.
+        Returns: shape (rows, tokens, width), in the dtype in which the trunk puts it out.
+        """
+        ran: set[nn.Module] = set()
+        with ExitStack() as stack:
+            stack.enter_context(eval_mode(self._inner))
+            stack.enter_context(torch.no_grad())
+            if self._modules is None:
+                for module in self._beside():
+                    hook = module.register_forward_pre_hook(lambda module, _: ran.add(module))
+                    stack.callback(hook.remove)
+            output = output_of(self.blocks[-1], forward, kwargs)
+        if self._modules is None:
+            inside = [module for block in self.blocks for module in block.modules()]
+            self._modules = [*(module for module in self._beside() if module in ran), *inside]
+        return self.learn(output)
+
+    def learn(self, output: Any) -> Tensor:
+        """Note what the last block returns beside its hidden states; returns these."""
+        self._tuples = not isinstance(output, Tensor)
+        hidden, *sides = output if self._tuples else (output,)
+        self._sides = tuple(sides)
+        return hidden
+
+    def _beside(self) -> Iterator[nn.Module]:
+        """The modules that neither are in a block nor hold one."""
+        inside = {module for block in self._all_blocks for module in block.modules()}
+        for module in self._inner.modules():
+            if module not in inside and inside.isdisjoint(module.modules()):
+                yield module
+
+    def rest(self) -> None:
+        """Put what runs in the trunk into eval mode: its dropout would make another output each time."""
+        for module in self._modules or ():
+            module.training = False
+
+    @contextmanager
+    def skipping(self, features: Tensor) -> Iterator[None]:
+        """While this is open, a forward pass computes only what lies above the trunk.
+
+        Args:
+            features: what `features` gave for the same arguments.
+        """
+        assert self._sides is not None, "features() was never called"
+        sides: list[Any] = [None] * len(self._sides)
+        needs_first = any(side is not None for side in self._sides)
+
+        def replace(place: int, native: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                if place == 0 and needs_first:  # e.g. T5: the first block makes the position bias of all others
+                    with torch.no_grad():
+                        sides[:] = native(*args, **kwargs)[1:]
+                hidden = features if place == len(self.blocks) - 1 else _input(args, kwargs)
+                return (hidden, *sides) if self._tuples else hidden
+
+            return forward
+
+        with ExitStack() as stack:
+            for place, block in enumerate(self.blocks):
+                stack.enter_context(instead_of_forward(block, replace(place, block.forward)))
+            yield
+
+
+def _input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """The hidden states that a block was given."""
+    if args:
+        return args[0]
+    return kwargs["hidden_states"] if "hidden_states" in kwargs else next(iter(kwargs.values()))
+
+
+def trunk_blocks(model: nn.Module, layers: Layers, depth: int) -> list[nn.Module]:
+    """The blocks at depth 1..`depth` of the stack that reads the input, from below.
+
+    In an encoder-decoder these are the encoder's: the decoder's lower blocks read the encoder's output, and so change
+    as long as anything in it does.
+    """
+    inner: Any = transformers_model(model)
+    found = [model.get_submodule(name) for row in layers.blocks[:depth] for name in row]
+    if not getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+        return found
+    encoder = set(inner.get_encoder().modules())
+    return [block for block in found if block in encoder]
+
+
+def hidden(
+    model: nn.Module,
+    layers: Layers,
+    batch: Mapping[str, Any],
+    depth: int,
+    weights: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    """See `Run.hidden`."""
+    blocks = trunk_blocks(model, layers, depth)
+    if not 1 <= depth <= layers.num_blocks or not blocks:
+        raise ValueError(f"depth={depth}: the model's blocks have depths 1 to {layers.num_blocks}.")
+
+    def forward(**kwargs: Any) -> Any:
+        # Not `model(…)`: its hooks belong to the training pass.
+        return model.forward(**kwargs)
+
+    def with_weights(**kwargs: Any) -> Any:
+        return torch.func.functional_call(model, dict(weights or {}), (), kwargs)
+
+    with torch.no_grad(), eval_mode(model):
+        output = output_of(blocks[-1], with_weights if weights else forward, batch)
+    return output if isinstance(output, Tensor) else output[0]
+
+
+class _Reached(Exception):
+    """Not an error: carries an output out of the forward pass."""
+
+    def __init__(self, output: Any) -> None:
+        self.output = output
+
+
+def output_of(block: nn.Module, forward: Callable[..., Any], kwargs: Mapping[str, Any]) -> Any:
+    """What `block` puts out in `forward(**kwargs)`, which ends there.
+
+    Raises:
+        ValueError: the pass never reached the block.
+    """
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        raise _Reached(output)
+
+    hook = block.register_forward_hook(leave)
+    try:
+        forward(**kwargs)
+    except _Reached as reached:
+        return reached.output
+    finally:
+        hook.remove()
+    raise ValueError(f"a pass of the model ended without running {type(block).__name__}.")
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode for a while; then each in the mode in which it was."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def instead_of_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """`module` runs `forward` for a while; its class, name, hooks and parameters stay what they are."""
+    own = vars(module).get("forward")  # e.g. Accelerate's, which moves weights between devices
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own

@@ -1,0 +1,300 @@
+"""A store of features on disk: ragged rows, found by name, written once and read through memory maps.
+
+A store is a folder. What it was computed from stands in `store.json`; each process that fills it writes segments of its
+own: `<segment>.rows`, the rows one after another, and, once these are safely on disk, `<segment>.index`, their names,
+places and checksums. A segment without an index, or shorter than it says, was torn by a kill and is not used; a row is
+checked against its checksum the first time it is read.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import uuid
+import zlib
+from collections.abc import Mapping, Sequence
+from io import FileIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .rows import KEY
+
+logger = logging.getLogger(__name__)
+
+_INDEX = np.dtype([("key", f"V{KEY}"), ("start", "<i8"), ("length", "<i4"), ("check", "<u4")])
+_MAGIC = b"peft_plus rows 1\n"
+_BITS: Mapping[torch.dtype, Any] = {torch.float32: np.uint32, torch.bfloat16: np.uint16, torch.float16: np.uint16}
+_SPARE = 64 << 20
+"""Bytes that are always left free on the disk."""
+
+
+class FeatureStore:
+    """The features of one trunk, by row.
+
+    Args:
+        folder: its own; made where it is missing.
+        identity: what the features depend on, plain values; those of another identity are never read.
+        dtype: in which rows are kept: float32, bfloat16 or float16.
+        limit: bytes it may take on disk; rows past it are not kept.
+    Raises:
+        OSError: the folder cannot be made or written.
+    """
+
+    def __init__(self, folder: str | Path, identity: Mapping[str, Any], *, dtype: torch.dtype, limit: float) -> None:
+        self.folder, self.dtype, self.limit = Path(folder), dtype, limit
+        self.full: str | None = None
+        """Why no more rows are kept."""
+        self._shape: tuple[int, ...] | None = None  # of one token
+        self._where: dict[bytes, tuple[int, int]] = {}  # row → segment, place in its index
+        self._segments: list[_Segment] = []
+        self._known: set[str] = set()
+        self._bytes = 0
+        self._open: _Segment | None = None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._claim(dict(identity))
+        self.refresh()
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._where
+
+    @property
+    def bytes(self) -> int:
+        """What its rows take on disk, as far as this process knows."""
+        return self._bytes
+
+    def _claim(self, identity: dict[str, Any]) -> None:
+        """Write down what the features are of; empty the folder where it holds those of something else."""
+        file, text = self.folder / "store.json", json.dumps(identity, sort_keys=True, indent=1)
+        if file.is_file() and file.read_text(encoding="utf-8") == text:
+            return
+        stale = [path for path in self.folder.iterdir() if path.suffix in (".rows", ".index", ".json")]
+        if stale:
+            logger.info("The features in %s are of another model or version, and are computed again.", self.folder)
+        for path in stale:
+            path.unlink(missing_ok=True)
+        part = file.with_name(f"store.{uuid.uuid4().hex}.part")
+        part.write_text(text, encoding="utf-8")
+        part.replace(file)
+
+    def refresh(self) -> None:
+        """Take in what other processes finished since."""
+        for index in sorted(self.folder.glob("*.index")):
+            if index.stem not in self._known:
+                self._known.add(index.stem)
+                self._take(_Segment.read(index))
+
+    def _take(self, segment: _Segment | None) -> None:
+        if segment is None or (self._shape or segment.shape) != segment.shape or segment.dtype != str(self.dtype):
+            return
+        self._shape = segment.shape
+        number = len(self._segments)
+        self._segments.append(segment)
+        self._bytes += segment.size
+        for place, key in enumerate(segment.keys()):
+            self._where.setdefault(key, (number, place))
+
+    def add(self, keys: Sequence[bytes], rows: Sequence[Tensor]) -> int:
+        """Keep rows that are not there yet.
+
+        Args:
+            rows: each (tokens, …), on any device, in any floating dtype.
+        Returns: how many of them are new; none once the store is full, see `full`.
+        """
+        added = 0
+        for key, row in zip(keys, rows, strict=True):
+            if key in self._where or self.full:
+                continue
+            array = row.detach().to(device="cpu", dtype=self.dtype).contiguous().view(_torch_bits(self.dtype)).numpy()
+            if self._shape is None:
+                self._shape = array.shape[1:]
+            if self._bytes + array.nbytes > self.limit:
+                self.full = f"it has reached its limit of {_size(self.limit)}"
+                break
+            try:
+                if self._open is None:
+                    self._open = self._begin(array.shape[1:])
+                place = self._open.append(key, array)
+            except OSError as error:  # a full disk, or a folder that somebody removed
+                self.full = str(error)
+                break
+            self._where[key] = (self._segments.index(self._open), place)
+            self._bytes += array.nbytes
+            added += 1
+        return added
+
+    def _begin(self, shape: tuple[int, ...]) -> _Segment:
+        if shutil.disk_usage(self.folder).free < _SPARE:
+            raise OSError(f"the disk of {self.folder} is full")
+        name = uuid.uuid4().hex
+        self._known.add(name)
+        segment = _Segment(self.folder / f"{name}.rows", shape, str(self.dtype), _BITS[self.dtype])
+        segment.create()
+        self._segments.append(segment)
+        return segment
+
+    def read(self, keys: Sequence[bytes], spans: Sequence[tuple[int, int]] | None, tokens: int | None) -> Tensor | None:
+        """The rows of these names as one batch, zeros where a row has no real token.
+
+        A row that does not agree with its checksum is forgotten, to be computed again.
+
+        Args:
+            keys: the names.
+            spans: the places of the real tokens of each row; None where all are.
+            tokens: of the batch, with its padding; None: of the first row.
+        Returns: (rows, tokens, …), in `dtype`, on the CPU; None if a row is missing or has another length.
+        """
+        arrays = []
+        for key in keys:
+            where = self._where.get(key)
+            array = None if where is None else self._segments[where[0]].row(where[1])
+            if array is None:
+                self._where.pop(key, None)
+                return None
+            arrays.append(array)
+        batch = torch.zeros(len(arrays), tokens or len(arrays[0]), *arrays[0].shape[1:], dtype=self.dtype)
+        bits = batch.view(_torch_bits(self.dtype)).numpy()
+        for row, array in enumerate(arrays):
+            first, end = spans[row] if spans is not None else (0, bits.shape[1])
+            if end - first != len(array):
+                return None
+            bits[row, first:end] = array
+        return batch
+
+    def seal(self) -> None:
+        """Make what was added since safe on disk, for later runs and other processes."""
+        segment, self._open = self._open, None
+        if segment is None:
+            return
+        try:
+            segment.seal()
+        except OSError as error:
+            logger.warning(
+                "The features in %s could not be finished (%s). This run goes on with those that it has; other "
+                "processes and later runs will compute them again.",
+                self.folder,
+                error,
+            )
+
+    def close(self, *, remove: bool = False) -> None:
+        """Let go of all files. With `remove`, delete them too."""
+        if not remove:
+            self.seal()
+        for segment in self._segments:
+            segment.close()
+        self._segments, self._where, self._open = [], {}, None
+        if remove:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class _Segment:
+    """Rows that one process wrote, one after another."""
+
+    def __init__(self, file: Path, shape: tuple[int, ...], dtype: str, bits: Any) -> None:
+        self.file, self.shape, self.dtype, self._bits = file, shape, dtype, bits
+        self.size = 0
+        self._width = int(np.prod(shape, dtype=np.int64)) * np.dtype(bits).itemsize  # bytes of a token
+        self._index: list[tuple[bytes, int, int, int]] = []
+        self._checked: set[int] = set()
+        self._writer: FileIO | None = None
+        self._reader: BinaryIO | None = None
+        self._map: np.memmap[Any, Any] | None = None
+
+    def create(self) -> None:
+        self._writer = open(self.file, "xb", buffering=0)  # noqa: SIM115 - it stays open while rows come
+        self._reader = open(self.file, "rb")  # noqa: SIM115 - now, so that it outlives the file's name
+
+    def append(self, key: bytes, array: np.ndarray) -> int:
+        assert self._writer is not None
+        data = array.tobytes()
+        if self._writer.write(data) != len(data):
+            os.truncate(self._writer.fileno(), self.size)  # half a row
+            raise OSError(f"the disk of {self.file.parent} is full")
+        self._index.append((key, self.size, len(array), zlib.crc32(data)))
+        self._checked.add(len(self._index) - 1)
+        self.size += len(data)
+        return len(self._index) - 1
+
+    def seal(self) -> None:
+        """Rows first, their index last and at once: an index stands only over rows that are on disk."""
+        assert self._writer is not None
+        os.fsync(self._writer.fileno())
+        if not self.file.exists():
+            raise FileNotFoundError(f"{self.file} was deleted meanwhile")
+        head = json.dumps({"shape": list(self.shape), "dtype": self.dtype, "size": self.size}).encode() + b"\n"
+        body = np.array([(key, *rest) for key, *rest in self._index], _INDEX).tobytes()
+        part = self.file.with_suffix(".part")
+        with open(part, "wb") as out:
+            out.write(_MAGIC + head + zlib.crc32(head + body).to_bytes(4, "little") + body)
+            out.flush()
+            os.fsync(out.fileno())
+        part.replace(self.file.with_suffix(".index"))
+        self._writer.close()
+        self._writer = None
+
+    @classmethod
+    def read(cls, index: Path) -> _Segment | None:
+        """A finished segment, or None where it is torn."""
+        try:
+            magic, head, rest = index.read_bytes().split(b"\n", 2)
+            body = rest[4:]
+            if magic + b"\n" != _MAGIC or zlib.crc32(head + b"\n" + body) != int.from_bytes(rest[:4], "little"):
+                raise ValueError("it is damaged")
+            told = json.loads(head)
+            file = index.with_suffix(".rows")
+            if file.stat().st_size < told["size"]:
+                raise ValueError("its rows are cut short")
+            bits = next(bits for dtype, bits in _BITS.items() if str(dtype) == told["dtype"])
+            segment = cls(file, tuple(told["shape"]), told["dtype"], bits)
+            segment.size, segment._reader = told["size"], open(file, "rb")  # noqa: SIM115 - as in `create`
+            table = np.frombuffer(body, _INDEX)
+            segment._index = [(bytes(key), int(at), int(n), int(check)) for key, at, n, check in table.tolist()]
+        except (OSError, ValueError, KeyError, StopIteration) as error:
+            logger.warning("The features in %s are not used (%s), and are computed again.", index, error)
+            return None
+        return segment
+
+    def keys(self) -> list[bytes]:
+        return [key for key, *_ in self._index]
+
+    def row(self, place: int) -> np.ndarray | None:
+        """One row, shape (tokens, …), or None where the file no longer holds it."""
+        _, start, length, check = self._index[place]
+        if not length:
+            return np.zeros((0, *self.shape), self._bits)
+        end = start + length * self._width
+        assert self._reader is not None
+        if os.fstat(self._reader.fileno()).st_size < end:  # cut off meanwhile: to touch it would kill the process
+            return None
+        if self._map is None or self._map.nbytes < end:
+            self._map = np.memmap(self._reader, np.uint8, "r", shape=(self.size,))
+        data = self._map[start:end]
+        if place not in self._checked:
+            if zlib.crc32(data) != check:
+                logger.warning("A row of %s is damaged, and is computed again.", self.file)
+                return None
+            self._checked.add(place)
+        return np.frombuffer(data, self._bits).reshape(length, *self.shape)
+
+    def close(self) -> None:
+        for file in (self._writer, self._reader):
+            if file is not None:
+                file.close()
+        self._map = None
+
+
+def _torch_bits(dtype: torch.dtype) -> torch.dtype:
+    return {4: torch.uint32, 2: torch.uint16}[dtype.itemsize]
+
+
+def _size(count: float) -> str:
+    """Bytes for people."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
