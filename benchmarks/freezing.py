@@ -1,0 +1,392 @@
+"""What freezing saves: the frozen trunk computed once, noise above it, and activation checkpointing without it.
+
+    python -m benchmarks.freezing                       # all tables, about 40 minutes
+    python -m benchmarks.freezing --only epochs --model minilm
+
+Every side trains LoRA on movie sentences, on the same batches of equal length, on one thread; whole runs of the sides
+take turns, and a ratio is the median over such rounds. Theirs is plain PEFT in transformers' Trainer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.batching import tiny, tokenised
+from benchmarks.memory import saved_activations
+from examples.demo import quiet
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model and its data.
+
+    Attributes:
+        title: of the model.
+        task: PEFT's name of it.
+        base: makes the model without LoRA.
+        sentences: tokenised.
+        collate: pads a batch to its longest row.
+        examples, batch_size: how many are trained on, and at a time.
+        blocks: L.
+        frozen: k, how many of them are frozen where the upper ones train.
+    """
+
+    title: str
+    task: str
+    base: Callable[[], Any]
+    sentences: Any
+    collate: Any
+    examples: int
+    batch_size: int
+    blocks: int
+    frozen: int
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to train.
+
+    Attributes:
+        frozen: how many of the lowest blocks have no LoRA.
+        plugins: what trains through us; None for plain PEFT and transformers.
+        checkpointing: of activations.
+    """
+
+    frozen: int = 0
+    plugins: Mapping[str, Mapping[str, Any]] | None = None
+    checkpointing: bool = False
+
+
+@dataclass
+class Clocked:
+    """A run: seconds of the process and by the clock, of each epoch, and before the first; bytes saved for backward."""
+
+    cpu: list[float] = field(default_factory=list)
+    wall: list[float] = field(default_factory=list)
+    start: float = 0.0
+    activations: int = 0
+
+    @property
+    def whole(self) -> float:
+        """Processor seconds from the beginning of training to its end."""
+        return self.start + sum(self.cpu)
+
+    @property
+    def later(self) -> float:
+        """Processor seconds of an epoch after the first, as a median."""
+        return float(np.median(self.cpu[1:] or self.cpu))
+
+    @property
+    def later_wall(self) -> float:
+        """The same by the clock."""
+        return float(np.median(self.wall[1:] or self.wall))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3, help="rounds (default 3)")
+    parser.add_argument("--only", choices=list(TABLES), action="append", help="one of the tables; may be repeated")
+    parser.add_argument("--model", choices=["minilm", "smollm2"], help="one of the models")
+    parser.add_argument("--quick", action="store_true", help="tiny models and made-up sentences: shows that it runs")
+    parser.add_argument("--plot", type=Path, help="also draw time against k into this file (needs matplotlib)")
+    options = parser.parse_args(argv)
+    import torch
+
+    torch.set_num_threads(1)
+    quiet.hide_progress_bars()
+    makers = {"minilm": minilm, "smollm2": smollm2}
+    if options.quick:
+        cases = [small("SEQ_CLS"), small("CAUSAL_LM")]
+    else:
+        cases = [make() for name, make in makers.items() if options.model in (None, name)]
+    for name, make in TABLES.items():
+        if options.only and name not in options.only:
+            continue
+        for case in cases:
+            for line in make(case, options.repeats, options.plot):
+                print(line, flush=True)
+            print(flush=True)
+
+
+# ---- what is compared ----------------------------------------------------------------------------------------------
+
+
+def minilm() -> Case:
+    """Classification of movie sentences by MiniLM-L6, of which the upper 2 blocks of 6 train."""
+    from transformers import AutoModelForSequenceClassification
+
+    from examples import inputs
+
+    def base() -> Any:
+        return AutoModelForSequenceClassification.from_pretrained(inputs.minilm(), num_labels=2)
+
+    return Case("MiniLM-L6", "SEQ_CLS", base, *tokenised(base, inputs.minilm(), "SEQ_CLS"), 480, 32, 6, 4)
+
+
+def smollm2() -> Case:
+    """Movie sentences as text for SmolLM2-135M, of which the upper 10 blocks of 30 train."""
+    from transformers import AutoModelForCausalLM
+
+    from examples import inputs
+
+    def base() -> Any:
+        return AutoModelForCausalLM.from_pretrained(inputs.smollm2())
+
+    return Case("SmolLM2-135M", "CAUSAL_LM", base, *tokenised(base, inputs.smollm2(), "CAUSAL_LM"), 48, 8, 30, 20)
+
+
+def small(task: str) -> Case:
+    """A tiny random model."""
+    case = tiny(task)
+    return Case(case.title, task, case.base, case.sentences, case.collate, 32, 8, 2, 1)
+
+
+def train(
+    case: Case, side: Side, *, epochs: int, seed: int, examples: int | None = None, count: bool = False
+) -> Clocked:
+    """Train once; with `count`, count what is saved for the backward pass too, which takes time."""
+    import torch
+    import transformers
+    from peft import LoraConfig, get_peft_model
+    from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+
+    import peft_plus
+
+    found = Clocked()
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.at = time.process_time(), time.perf_counter()
+
+        def on_epoch_begin(self, *_: Any, **__: Any) -> None:
+            if not found.cpu:
+                found.start = time.process_time() - self.at[0]
+            self.at = time.process_time(), time.perf_counter()
+
+        def on_epoch_end(self, *_: Any, **__: Any) -> None:
+            found.cpu.append(time.process_time() - self.at[0])
+            found.wall.append(time.perf_counter() - self.at[1])
+
+    torch.manual_seed(seed)
+    lora = {"r": 8, "layers_to_transform": list(range(side.frozen, case.blocks)) if side.frozen else None}
+    if side.plugins is None:
+        model, trainer_class = (
+            get_peft_model(case.base(), LoraConfig(task_type=case.task, **lora)),
+            transformers.Trainer,
+        )
+    else:
+        model, trainer_class = peft_plus.get_model(case.base(), {"lora": lora, **side.plugins}), peft_plus.Trainer
+
+    class Counting(trainer_class):  # type: ignore[valid-type,misc]
+        def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+            with saved_activations(model) as saved:
+                loss = super().training_step(model, *args, **kwargs)
+            found.activations = max(found.activations, saved.bytes)
+            return loss
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = (Counting if count else trainer_class)(
+            model,
+            TrainingArguments(
+                folder,
+                num_train_epochs=epochs,
+                per_device_train_batch_size=case.batch_size,
+                train_sampling_strategy="group_by_length",
+                seed=seed,
+                save_strategy="no",
+                logging_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                use_cpu=True,
+                activation_checkpointing=side.checkpointing,
+                activation_checkpointing_kwargs={"use_reentrant": False} if side.checkpointing else None,
+            ),
+            train_dataset=case.sentences.select(range(examples or case.examples)),
+            data_collator=case.collate,
+            callbacks=[Clock()],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return found
+
+
+def rounds(case: Case, sides: Mapping[str, Side], *, epochs: int, repeats: int) -> list[dict[str, Clocked]]:
+    """Each side once a round; who goes first changes."""
+    for side in sides.values():  # what is made once in a process is made
+        train(case, side, epochs=2, seed=0, examples=case.batch_size)
+    found = []
+    for seed in range(repeats):
+        names = list(sides) if seed % 2 == 0 else list(reversed(sides))
+        found.append({name: train(case, sides[name], epochs=epochs, seed=seed) for name in names})
+    return found
+
+
+def ratio(found: Sequence[Mapping[str, Clocked]], a: str, b: str, what: Callable[[Clocked], float]) -> float:
+    """Median over the rounds of `what(a)` / `what(b)`."""
+    return float(np.median([what(one[a]) / what(one[b]) for one in found]))
+
+
+# ---- tables --------------------------------------------------------------------------------------------------------
+
+
+def epochs_table(case: Case, repeats: int, plot: Path | None) -> Iterator[str]:
+    """A cached epoch, and whole runs, against plain PEFT."""
+    small_run = case.task == "CAUSAL_LM"
+    lengths = (3,) if small_run else (3, 10)
+    sides = {
+        "everywhere": Side(plugins=None),
+        "top": Side(frozen=case.frozen),
+        "cached": Side(frozen=case.frozen, plugins={"trunk_cache": {}}),
+        "cached, filled before": Side(frozen=case.frozen, plugins={"trunk_cache": {"fill": "before"}}),
+    }
+    yield from (
+        f"{case.title}: LoRA in the top {case.blocks - case.frozen} of {case.blocks} blocks, {case.examples} examples "
+        f"× {case.batch_size}, {repeats} rounds. How many times faster, processor time (by the clock).",
+        "",
+        "| against | a cached epoch | a whole run of … epochs, filled in the first | filled before |",
+        "|---|--:|---|---|",
+    )
+    found = {number: rounds(case, sides, epochs=number, repeats=repeats) for number in lengths}
+    for other in ("everywhere", "top"):
+        one = ratio(found[lengths[0]], other, "cached", lambda run: run.later)
+        clock = ratio(found[lengths[0]], other, "cached", lambda run: run.later_wall)
+        whole = ["cached", "cached, filled before"]
+        cells = [
+            ", ".join(
+                f"{number}: {ratio(of, other, side, lambda run: run.whole):.2f} ×" for number, of in found.items()
+            )
+            for side in whole
+        ]
+        yield f"| {other} | {one:.2f} × ({clock:.2f} ×) | {cells[0]} | {cells[1]} |"
+    seconds = {name: float(np.median([one[name].later for one in found[lengths[0]]])) for name in sides}
+    yield ""
+    yield "An epoch, processor seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in seconds.items()) + "."
+
+
+def depth_table(case: Case, repeats: int, plot: Path | None) -> Iterator[str]:
+    """A cached epoch against the number of frozen blocks, beside what the arithmetic predicts."""
+    from peft_plus.layers import layer_map
+    from peft_plus.trunk.service import head_cost
+
+    base = case.base()
+    head = head_cost(base, layer_map(base))
+    step = max(1, case.blocks // 6)
+    places = [*range(step, case.blocks, step)]
+    sides = {"0": Side(plugins={})} | {str(k): Side(frozen=k, plugins={"trunk_cache": {}}) for k in places}
+    found = rounds(case, sides, epochs=2, repeats=repeats)
+    measured = {int(k): ratio(found, k, "0", lambda run: run.later) for k in sides}
+    predicted = {k: (2 * (1 - k / case.blocks) + 2 * head) / (2 + 2 * head) for k in measured}
+    yield from (
+        f"{case.title}: a cached epoch over one of LoRA everywhere, by the number k of frozen blocks of {case.blocks}; "
+        f"predicted (2(1 − f) + 2h) / (2 + 2h), f = k/L, h = {head:.2f}. {repeats} rounds.",
+        "",
+        "| k | " + " | ".join(map(str, measured)) + " |",
+        "|---|" + "--:|" * len(measured),
+        "| measured | " + " | ".join(f"{value:.2f}" for value in measured.values()) + " |",
+        "| predicted | " + " | ".join(f"{value:.2f}" for value in predicted.values()) + " |",
+    )
+    if plot is not None:
+        draw(case, measured, predicted, plot)
+
+
+def draw(case: Case, measured: Mapping[int, float], predicted: Mapping[int, float], file: Path) -> None:
+    """Both lines into a picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4))
+    axes = figure.subplots()
+    axes.plot(list(predicted), list(predicted.values()), "--", label="predicted by the arithmetic")
+    axes.plot(list(measured), list(measured.values()), "o-", label="measured")
+    axes.set(
+        xlabel="frozen blocks k", ylabel="time of a cached epoch / LoRA everywhere", title=case.title, ylim=(0, 1.1)
+    )
+    axes.legend()
+    figure.savefig(file.with_stem(f"{file.stem}-{case.title.split('-')[0].lower()}"))
+
+
+def noise_table(case: Case, repeats: int, plot: Path | None) -> Iterator[str]:
+    """Consistency under noise above a cached trunk, against the plain uncached epoch of the same layers."""
+    top = {"frozen": case.frozen}
+    sides = {
+        "plain": Side(**top),
+        "cached": Side(**top, plugins={"trunk_cache": {}}),
+        "R3F": Side(**top, plugins={"r3f": {"eps": 0.05}}),
+        "R3F at the trunk": Side(**top, plugins={"r3f": {"eps": 0.05, "at": "trunk"}}),
+        "R3F at the cached trunk": Side(**top, plugins={"r3f": {"eps": 0.05, "at": "trunk"}, "trunk_cache": {}}),
+    }
+    found = rounds(case, sides, epochs=2, repeats=repeats)
+    yield from (
+        f"{case.title}: an epoch over a plain one of the same top {case.blocks - case.frozen} of {case.blocks} blocks, "
+        f"processor time, {repeats} rounds.",
+        "",
+        "| " + " | ".join(sides) + " |",
+        "|" + "--:|" * len(sides),
+        "| " + " | ".join(f"{ratio(found, name, 'plain', lambda run: run.later):.2f}" for name in sides) + " |",
+    )
+
+
+def activations_table(case: Case, repeats: int, plot: Path | None) -> Iterator[str]:
+    """Bytes that a step saves for its backward pass."""
+    sides = {
+        "LoRA everywhere": Side(),
+        "top": Side(frozen=case.frozen),
+        "top, cached": Side(frozen=case.frozen, plugins={"trunk_cache": {}}),
+        "everywhere, checkpointing": Side(checkpointing=True),
+        "top, checkpointing, theirs": Side(frozen=case.frozen, checkpointing=True),
+        "top, checkpointing, ours": Side(frozen=case.frozen, checkpointing=True, plugins={}),
+    }
+    rows = 4 * case.batch_size
+    found = {name: train(case, side, epochs=2, seed=0, examples=rows, count=True) for name, side in sides.items()}
+    yield from (
+        f"{case.title}: MB that the largest of {2 * rows // case.batch_size} steps of {case.batch_size} sentences "
+        f"saves for its backward pass; top {case.blocks - case.frozen} of {case.blocks} blocks.",
+        "",
+        "| " + " | ".join(sides) + " |",
+        "|" + "--:|" * len(sides),
+        "| " + " | ".join(f"{one.activations / 1e6:.1f}" for one in found.values()) + " |",
+    )
+
+
+def checkpointing_table(case: Case, repeats: int, plot: Path | None) -> Iterator[str]:
+    """Activation checkpointing where only the upper blocks train."""
+    sides = {
+        "PEFT and transformers": Side(frozen=case.frozen, checkpointing=True),
+        "ours": Side(frozen=case.frozen, checkpointing=True, plugins={}),
+        "ours, cached": Side(frozen=case.frozen, checkpointing=True, plugins={"trunk_cache": {}}),
+    }
+    found = rounds(case, sides, epochs=2, repeats=repeats)
+    theirs = "PEFT and transformers"
+    yield from (
+        f"{case.title}: activation checkpointing, LoRA in the top {case.blocks - case.frozen} of {case.blocks} blocks; "
+        f"how many times faster than PEFT and transformers, processor time, {repeats} rounds.",
+        "",
+        "| ours | ours, cached |",
+        "|--:|--:|",
+        f"| {ratio(found, theirs, 'ours', lambda run: run.later):.2f} × | "
+        f"{ratio(found, theirs, 'ours, cached', lambda run: run.later):.2f} × |",
+    )
+
+
+TABLES: Mapping[str, Callable[[Case, int, Path | None], Iterator[str]]] = {
+    "epochs": epochs_table,
+    "noise": noise_table,
+    "checkpointing": checkpointing_table,
+    "activations": activations_table,
+    "depth": depth_table,
+}
+
+
+if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = "1"
+    quiet.before_imports()  # main imports what this silences
+    main()
