@@ -11,8 +11,7 @@ from torch import Generator, Tensor
 from torch.utils.data import Sampler
 
 from peft_plus import Plugin, Run
-
-from .lengths import lengths_of
+from peft_plus.lengths import lengths_of
 
 
 @dataclass(kw_only=True)
@@ -41,7 +40,7 @@ class LengthBuckets(Plugin):
             raise ValueError(f"bucket_tokens={self.bucket_tokens}: give a number of tokens ≥ 1.")
 
     def sampler(self, run: Run, dataset: Any) -> Sampler[int]:
-        buckets = -(-torch.from_numpy(lengths_of(dataset)) // self.bucket_tokens)
+        buckets = -(-torch.from_numpy(lengths_of(dataset, "length_buckets")) // self.bucket_tokens)
         return LengthOrder(buckets, run)
 
 

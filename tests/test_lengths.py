@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 
 from peft_plus import MethodError
-from peft_plus_incremental.lengths import lengths_of
+from peft_plus.lengths import lengths_of
 
 IDS = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]]
 COUNTS = [3, 1, 2, 4]
@@ -38,27 +38,27 @@ def stored() -> Dataset:
     ids=["lists", "torch", "transform", "selected", "length", "rows", "tensors", "arrays", "numbers", "subset"],
 )
 def test_counted(data: Any) -> None:
-    found = lengths_of(data)
+    found = lengths_of(data, "length_buckets")
     assert found.tolist() == COUNTS
     assert found.dtype == np.int64
 
 
 def test_a_column_of_lengths_counts_before_the_tokens() -> None:
-    assert lengths_of(stored().add_column("length", [9, 8, 7, 6])).tolist() == [9, 8, 7, 6]
+    assert lengths_of(stored().add_column("length", [9, 8, 7, 6]), "length_buckets").tolist() == [9, 8, 7, 6]
 
 
 def test_of_several_texts_the_longest_counts() -> None:
     texts = [[[1, 2], [3]], [[4], [5, 6, 7]], [[8], [9]]]
     for data in (Dataset.from_dict({"input_ids": texts}), [{"input_ids": text} for text in texts]):
-        assert lengths_of(data).tolist() == [2, 3, 1]
-    assert lengths_of([{"input_ids": torch.zeros(2, 5)}]).tolist() == [5]
+        assert lengths_of(data, "length_buckets").tolist() == [2, 3, 1]
+    assert lengths_of([{"input_ids": torch.zeros(2, 5)}], "length_buckets").tolist() == [5]
 
 
 def test_more_rows_than_are_read_at_once() -> None:
     counts = (np.arange(25_000) * 7) % 13
     data = Dataset.from_dict({"input_ids": [[0] * int(n) for n in counts]})
-    assert np.array_equal(lengths_of(data), counts)
-    assert np.array_equal(lengths_of(data.select(range(0, 25_000, 2))), counts[::2])
+    assert np.array_equal(lengths_of(data, "length_buckets"), counts)
+    assert np.array_equal(lengths_of(data.select(range(0, 25_000, 2)), "length_buckets"), counts[::2])
 
 
 def test_stored_lists_are_not_gone_through_in_python() -> None:
@@ -70,7 +70,7 @@ def test_stored_lists_are_not_gone_through_in_python() -> None:
         function()
         return time.process_time() - start
 
-    fast = min(seconds(lambda: lengths_of(data)) for _ in range(3))
+    fast = min(seconds(lambda: lengths_of(data, "length_buckets")) for _ in range(3))
     assert seconds(lambda: [len(row["input_ids"]) for row in data.select(range(2_000))]) * 10 > 30 * fast
 
 
@@ -88,4 +88,4 @@ def test_stored_lists_are_not_gone_through_in_python() -> None:
 )
 def test_data_without_lengths_are_refused(data: Any, message: str) -> None:
     with pytest.raises(MethodError, match=message):
-        lengths_of(data)
+        lengths_of(data, "length_buckets")
