@@ -1,4 +1,4 @@
-"""What one name means, for `peft-plus info`: read from its class, its docstring and its distribution's README.
+"""What one name means, for `peft-plus info`: read from its class, its docstring and its card.
 
 Naming a thing is asking for it, so here its class is imported; listing (`registry.entries`) imports nothing.
 """
@@ -8,18 +8,14 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
-import json
 import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, distribution
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 from . import registry
+from .cards import card_of
 from .errors import MethodError
 from .plugin import NEEDS, Plugin
 from .registry import CORE_TUNERS, Entry
@@ -85,15 +81,15 @@ def describe(name: str) -> Description:
         return _tuner(entry)
     cls = registry.load(entry)
     common = _described(entry, entry.target, paragraphs_of(cls), settings_of(cls))
-    return _plugin(common, cls) if entry.kind == "plugin" else common
+    return _plugin(entry, common, cls) if entry.kind == "plugin" else common
 
 
 def _described(entry: Entry, target: str, paragraphs: tuple[str, ...], settings: tuple[Setting, ...]) -> Description:
     return Description(entry.name, entry.kind, entry.distribution, entry.version, target, paragraphs, settings)
 
 
-def _plugin(common: Description, cls: type[Plugin]) -> Description:
-    card = cards(_readme(common.distribution)).get(common.name, {})
+def _plugin(entry: Entry, common: Description, cls: type[Plugin]) -> Description:
+    card = card_of(entry)
     return dataclasses.replace(
         common,
         hooks=cls.hooks(),
@@ -101,8 +97,8 @@ def _plugin(common: Description, cls: type[Plugin]) -> Description:
         conflicts=cls.conflicts,
         after=cls.after,
         source=cls.source,
-        verdict=" ".join(card.get("Measured verdict", "").split()),
-        card=f"README of {common.distribution} {common.version}, section {common.name!r}" if card else "",
+        verdict=" ".join(card.texts.get("Measured verdict", "").split()),
+        card=card.place,
     )
 
 
@@ -230,28 +226,3 @@ def paragraphs_of(cls: type[Any]) -> tuple[str, ...]:
     if body.startswith(f"{cls.__name__}("):  # what `dataclass` writes where there is no docstring
         return ()
     return tuple(p if p.startswith("```") else " ".join(p.split()) for p in body.split("\n\n") if p.strip())
-
-
-def cards(readme: str) -> dict[str, dict[str, str]]:
-    """The cards in a README: technique → heading → text. A card is a `## name` with `### headings` below it."""
-    found: dict[str, dict[str, str]] = {}
-    for part in re.split(r"^## ", readme, flags=re.MULTILINE)[1:]:
-        title, _, body = part.partition("\n")
-        blocks = [block.partition("\n") for block in re.split(r"^### ", body, flags=re.MULTILINE)[1:]]
-        if blocks:
-            found[title.strip().strip("`")] = {heading.strip(): text.strip() for heading, _, text in blocks}
-    return found
-
-
-def _readme(name: str) -> str:
-    """The long description of an installed distribution; of an editable one the file, which may be newer."""
-    try:
-        installed = distribution(name)
-    except PackageNotFoundError:
-        return ""
-    origin = json.loads(installed.read_text("direct_url.json") or "{}")
-    if origin.get("dir_info", {}).get("editable"):
-        file = Path(url2pathname(urlsplit(origin["url"]).path)) / "README.md"
-        if file.is_file():
-            return file.read_text(encoding="utf-8")
-    return str(installed.metadata.json.get("description", ""))

@@ -191,10 +191,10 @@ def test_info_of_a_plugin_shows_all_of_it(width: int) -> None:
         "may_train, next_change, on_step_end",
         "layers: trainable parameters in the model's blocks",
         "Howard & Ruder 2018, arXiv:1801.06146",
-        "README of peft-plus-freezing",
         "peft_plus_freezing.gradual_unfreeze:GradualUnfreeze",
     ):
         assert text in shown.words
+    assert "peft_plus_freezing/cards/gradual_unfreeze.md" in "".join(shown.out.split()), "folded where it is too long"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,4 +1,4 @@
-"""Docstrings, annotations and READMEs, as `peft-plus info` reads them."""
+"""Docstrings and annotations, as `peft-plus info` reads them."""
 
 from __future__ import annotations
 
@@ -47,11 +47,6 @@ def test_docstrings_are_read_by_section() -> None:
     assert found[""] == "First.\n\nMore:\n  still more."
     assert describe.items(found["Args"]) == {"a": "both, and on.", "b": "both, and on.", "c": "three: 3"}
     assert found["Raises"].strip() == "ValueError: never."
-
-
-def test_a_card_is_a_section_with_headings_below_it() -> None:
-    readme = "# T\n\n## use\n\nPlain.\n\n## `a_b`\n\n### Claim\n\nOne.\n\nTwo.\n\n### Cost\n\nNone.\n\n## end\n"
-    assert describe.cards(readme) == {"a_b": {"Claim": "One.\n\nTwo.", "Cost": "None."}}
 
 
 def test_settings_are_explained_by_the_nearest_docstring() -> None:

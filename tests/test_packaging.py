@@ -135,6 +135,7 @@ def test_works_in_an_empty_environment(build: Build, tmp_path: Path) -> None:
     listed = run(bin / "peft-plus", "list", cwd=tmp_path)
     for name in ("lora", "gradual_unfreeze", "llrd", "r3f", "lp_ft", "confidence_penalty", "SEQ_CLS"):
         assert name in listed
+    assert "peft_plus_stability/cards/llrd.md" in "".join(run(bin / "peft-plus", "info", "llrd", cwd=tmp_path).split())
 
     (tmp_path / "script.py").write_text(MODEL_SCRIPT)
     assert run(bin / "python", "script.py", cwd=tmp_path) == "PeftModelForSequenceClassification 2\n"
