@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .plugin import Run as Run
     from .reload import from_pretrained as from_pretrained
     from .saving import load_thawed as load_thawed
+    from .schedule import freezing_schedule as freezing_schedule
     from .session import Session as Session
     from .stages import Stage as Stage
     from .stages import fit as fit
@@ -47,6 +48,7 @@ _HOMES = {
     "get_model": "build",
     "from_pretrained": "reload",
     "load_thawed": "saving",
+    "freezing_schedule": "schedule",
     "Plan": "compose",
     "CheckpointError": "errors",
     "DataError": "errors",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from .layers import Layers, find_heads, layer_map, transformers_model
 from .parts import part_of
 from .plugin import NEEDS, Param
 from .saving import SavePretrained, dtype_of, fingerprint
+from .stage_start import check_settings_fit
 from .tasks import Task, infer_task
 from .tasks.choose import check_loaded, choose_task
 from .tuning import is_peft, prepends_tokens, tuner_of, with_tuner
@@ -105,6 +107,30 @@ def get_model(
     bits = loading.quantization_config(quantization, source.skeleton, dtype)
     _rehearse(source, tuner, chosen, resolved)
     return _finish(loading.load(source, bits, options), resolved, tuner, chosen)
+
+
+def outline(name: str, method: Any, *, task: str) -> nn.Module:
+    """What `get_model` would build, without its weights: on the meta device, with its plan, to be asked about.
+
+    Args:
+        name: hub id or folder of the base. A new head gets some number of classes.
+        method, task: as for `get_model`.
+    Raises:
+        MethodError: as `get_model`; or the tuner cannot be built without weights.
+    """
+    fields = dataclasses.fields(registry.load(registry.find(task, ("task",))))
+    takes_labels = any(field.name == "num_labels" for field in fields)
+    chosen = choose_task(task, loading.stored_labels(name) if takes_labels else None)
+    resolved = resolve(method, {}, chosen.peft_task_type)
+    tuner = resolved.tuner or Tuner("full")
+    _check(resolved, tuner, chosen, None)
+    source = loading.open_source(name, chosen, {})
+    try:
+        model = with_tuner(source.skeleton, tuner, chosen)
+    except (NotImplementedError, RuntimeError) as error:
+        raise MethodError(f"The tuner {tuner.name!r} cannot be built without weights: {error}") from error
+    model.peft_plus = _plan(model, resolved, tuner, chosen, {})  # type: ignore[assignment]
+    return model
 
 
 def attach(model: nn.Module, method: Any, *, task: str | Task | None = None) -> Any:
@@ -207,23 +233,14 @@ def _with_plan(
 ) -> nn.Module:
     loading.keep_differentiable(model)
     _check_filled([name for name, tensor in model.named_parameters() if tensor.requires_grad and tensor.is_meta])
-    task.virtual_tokens = prepends_tokens(model)
-    layers = _layers(model, method)
-    params = _params(model, layers)
-    _check_layered(method, params)
-    base = transformers_model(model)
-    plan = Plan(
-        tuner=tuner.name,
-        plugins=method.plugins,
-        origins=method.origins,
-        task=task,
-        layers=layers,
-        params=params,
-        stages=method.stages,
-        quantization=loading.scheme_of_model(base),
-        base={
-            "name_or_path": getattr(base, "name_or_path", "") or "",
-            "class": type(base).__name__,
+    plan = _plan(
+        model,
+        method,
+        tuner,
+        task,
+        {
+            "name_or_path": getattr(transformers_model(model), "name_or_path", "") or "",
+            "class": type(transformers_model(model)).__name__,
             "dtype": dtype_of(model),
             "fingerprint": base_fingerprint or fingerprint(model),
         },
@@ -232,6 +249,27 @@ def _with_plan(
     if hasattr(type(model), "save_pretrained"):
         model.save_pretrained = SavePretrained(model)  # type: ignore[assignment]
     return model
+
+
+def _plan(model: nn.Module, method: Method, tuner: Tuner, task: Task, base: Mapping[str, Any]) -> Plan:
+    """The plan of a model that has its tuner, which every plugin has looked at."""
+    task.virtual_tokens = prepends_tokens(model)
+    layers = _layers(model, method)
+    params = _params(model, layers)
+    _check_layered(method, params)
+    plan = Plan(
+        tuner=tuner.name,
+        plugins=method.plugins,
+        origins=method.origins,
+        task=task,
+        layers=layers,
+        params=params,
+        stages=method.stages,
+        quantization=loading.scheme_of_model(transformers_model(model)),
+        base=base,
+    )
+    check_settings_fit(plan, model)
+    return plan
 
 
 def _check_filled(hollow: Sequence[str]) -> None:

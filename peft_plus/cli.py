@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any
@@ -118,6 +119,61 @@ def info(
         console = _console()
         width = min(console.width, READABLE)
         _print(console, _page(described, width), width)
+
+
+@app.command()
+def schedule(
+    method: Annotated[
+        list[str],
+        typer.Argument(help="Plugins, each followed by its settings: gradual_unfreeze every=100", show_default=False),
+    ],
+    model: Annotated[str, typer.Option(help="Hub id or folder of the base model; its weights are not loaded.")],
+    task: Annotated[str, typer.Option(help="Name of the task, e.g. SEQ_CLS.")],
+    steps: Annotated[int, typer.Option(help="Optimizer steps of the run.")],
+    steps_per_epoch: Annotated[int, typer.Option(help="Optimizer steps of one pass over the data.")] = 0,
+    tuner: Annotated[str | None, typer.Option(help="Name of the tuner; full where none is named.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the run, for plugins that draw.")] = 42,
+    stage: Annotated[str | None, typer.Option(help="Which stage, where the method has several.")] = None,
+    as_json: JSON = False,
+) -> None:
+    """Write the schedule that plugins would follow as phases for freeze_plan, to be edited."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")  # of PEFT and transformers to each other
+    from .build import outline
+    from .schedule import as_yaml, freezing_schedule
+
+    try:
+        made = outline(model, _method(method, tuner), task=task)
+        phases = freezing_schedule(made, max_steps=steps, steps_per_epoch=steps_per_epoch, seed=seed, stage=stage)
+    except (MethodError, OSError) as error:
+        _complain(str(error))
+        raise typer.Exit(2) from None
+    except PluginError as error:
+        _complain(str(error))
+        raise typer.Exit(1) from None
+    typer.echo(json.dumps({"freeze_plan": {"phases": phases}}, indent=2) if as_json else as_yaml(phases))
+
+
+def _method(words: Sequence[str], tuner: str | None) -> dict[str, dict[str, Any]]:
+    """`["gradual_unfreeze", "every=100"]` as a mapping; values are JSON where they can be, else text."""
+    method: dict[str, dict[str, Any]] = {tuner: {}} if tuner else {}
+    name = ""
+    for word in words:
+        key, sign, text = word.partition("=")
+        if not sign:
+            if word in method:
+                raise MethodError(f"{word!r} is named twice; give it once, with its settings.")
+            name, method[word] = word, {}
+        elif not name:
+            raise MethodError(f"{word!r} is a setting, but of what? Write the plugin's name before it.")
+        elif key in method[name]:
+            raise MethodError(f"The setting {key!r} of {name!r} is given twice.")
+        else:
+            try:
+                method[name][key] = json.loads(text)
+            except ValueError:
+                method[name][key] = text
+    return method
 
 
 def _titles(kind: str | None) -> Sequence[str]:

@@ -127,6 +127,7 @@ def resolve(method: Any, loose: Mapping[str, Any] | None = None, task_type: str 
     ordered = _ordered(plugins)
     stages = plan_stages(ordered, origins)
     _check_one_order(ordered, origins, stages)
+    _check_one_schedule(ordered, origins, stages)
     return Method(tuners[0] if tuners else None, ordered, origins, stages)
 
 
@@ -315,6 +316,22 @@ def _check_one_order(plugins: Sequence[Plugin], origins: Mapping[str, str], stag
                 f"{who(named[0], origins)} and {who(named[1], origins)} both set the order of the data, of which there "
                 "is one. Drop one of them."
             )
+
+
+def _check_one_schedule(plugins: Sequence[Plugin], origins: Mapping[str, str], stages: Sequence[Stage]) -> None:
+    """Raise MethodError where two plugins of one stage are learning-rate schedules."""
+    for stage in stages:
+        named = [p for p in plugins if p.schedule and (stage.plugins is None or p.name in stage.plugins)]
+        if len(named) > 1:
+            raise MethodError(
+                f"{who(named[0], origins)} and {who(named[1], origins)} are both learning-rate schedules, of which a "
+                "stage has one. Drop one of them."
+            )
+
+
+def schedule_plugin(plan: Plan, stage: Stage) -> Plugin | None:
+    """The plugin of a stage that is a learning-rate schedule, or None."""
+    return next((plugin for plugin in plan.active(stage) if plugin.schedule), None)
 
 
 def _ordered(plugins: Sequence[Plugin]) -> tuple[Plugin, ...]:

@@ -114,6 +114,12 @@ def check_accelerator(plan: Plan, model: nn.Module, accelerator: Any) -> None:
     fsdp = getattr(accelerator.state, "fsdp_plugin", None)
     if deepspeed is not None:
         _check_deepspeed(plan, int(deepspeed.zero_stage))
+    storing = next((plugin for plugin in plan.plugins if "trunk_cache" in plugin.hooks()), None)
+    if storing is not None and (deepspeed is not None or fsdp is not None):
+        raise MethodError(
+            f"{who(storing, plan.origins)} runs the lower blocks alone, and FSDP and DeepSpeed gather their weights in "
+            "the order of whole passes. Use DDP, or leave it out."
+        )
     if deepspeed is not None or fsdp is not None:
         _check_same_start(plan, model)
     if fsdp is None:
@@ -155,6 +161,18 @@ def _check_deepspeed(plan: Plan, stage: int) -> None:
             f"{who(plugin, plan.origins)} freezes parameters during training. DeepSpeed ZeRO-{stage} updates its own "
             "flat copies of all parameters, frozen ones too, so weight decay and momentum would silently move them. "
             "Use DDP, FSDP2 or zero_stage: 0."
+        )
+    told = next((p for p in plan.plugins if "on_pre_optimizer_step" in p.hooks()), None)
+    if told is not None:
+        raise MethodError(
+            f"{who(told, plan.origins)} looks at the gradients before each update, but DeepSpeed updates inside the "
+            "backward. Use DDP or FSDP2."
+        )
+    dropping = next((p for p in plan.plugins if p.on_freeze == "drop_state"), None)
+    if dropping is not None:
+        raise MethodError(
+            f"{who(dropping, plan.origins)} drops the optimizer's state of what it freezes, which DeepSpeed keeps over "
+            "flat copies of its own. Use DDP or FSDP2."
         )
     rated = next((p for p in plan.plugins if "lr_scale" in p.hooks()), None)
     if rated is not None:

@@ -65,6 +65,21 @@ def gradient_norm(tensors: Iterable[nn.Parameter]) -> Tensor:
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[operator]
 
 
+def unscale(optimizer: torch.optim.Optimizer) -> bool:
+    """Within `step()` of a fused optimizer: divide the gradients by what a gradient scaler left to its kernel.
+
+    Returns: whether the kernel will update nothing, because gradients overflowed.
+    """
+    held: Any = optimizer
+    scale, overflow = getattr(held, "grad_scale", None), getattr(held, "found_inf", None)
+    if scale is not None:
+        for tensor in (tensor for group in optimizer.param_groups for tensor in group["params"]):
+            if tensor.grad is not None:
+                tensor.grad.div_(scale.to(tensor.grad.device))
+        held.grad_scale = None
+    return overflow is not None and bool(overflow)
+
+
 def check_update(norm: Any, parts: StepParts, model: nn.Module, *, step: int, rate: float) -> None:
     """Stop before an update that would ruin the weights. All processes have the same norm, so all of them stop.
 

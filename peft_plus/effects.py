@@ -1,18 +1,16 @@
-"""The one owner of effects: the only code that sets `requires_grad` and learning rates.
+"""What trains: the only code that sets `requires_grad`, as `rates.py` is the only one that sets learning rates.
 
 Plugins declare, this applies. Three rules keep it exact:
 - the optimizer is built over every parameter that may ever train, and only afterwards is anything frozen, so that a
   layer thawed later moves;
 - freezing is `requires_grad_(False)` with `grad = None`, at an update boundary: weight decay and momentum of a zero
   gradient would still move a weight;
-- a scaled rate stands in a group only during `optimizer.step()`, so schedulers never compound it.
+- what a step does follows from the plugins' answers for it alone, so that a resumed run does the same.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import logging
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -25,11 +23,10 @@ from .ask import ask
 from .compose import Plan, who
 from .distributed import plain_parameters
 from .errors import MethodError, PluginError
-from .plugin import Param, Run
+from .plugin import Param, Plugin, Run
+from .stage_start import depths_of, ever_trained, run_at_start
 from .stages import Stage
 from .timeline import Change, Group
-
-logger = logging.getLogger(__name__)
 
 
 class Effects:
@@ -39,17 +36,19 @@ class Effects:
         model: the model as built, not wrapped.
         plan: what hangs on it.
         stage: the stage that will run.
+        more: what else is known where it begins, e.g. the `seed`.
     Raises:
-        MethodError: the model's trainable parameters are no longer those that the plan knows.
+        MethodError: the model's trainable parameters are no longer those that the plan knows, or none may train.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, stage: Stage) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, stage: Stage, **more: Any) -> None:
         self.plan, self.stage = plan, stage
         plugins = plan.active(stage)
         self._gates = [p for p in plugins if "may_train" in p.hooks()]
-        self._rates = [p for p in plugins if "lr_scale" in p.hooks()]
         tensors = dict(model.named_parameters())
         _check_unchanged(tensors, plan.params)
+        self.params = ever_trained(plan, run_at_start(plan, model, stage, **more))
+        """Every parameter that may train in this stage, in the model's order."""
         self._take(tensors)
         self._running = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
         self._wanted: dict[str, bool] = {}
@@ -60,18 +59,18 @@ class Effects:
             )
 
     def _take(self, tensors: Mapping[str, nn.Parameter]) -> None:
-        params = self.plan.params
-        self._frozen = [t for n, t in tensors.items() if n in params and not self._in_stage(params[n])]
-        self._others = [t for n, t in tensors.items() if n not in params]
-        self._tensors = {n: tensors[n] for n, p in params.items() if self._in_stage(p)}
-        self._by_id = {id(t): params[n] for n, t in self._tensors.items()}
+        self._tensors = {param.name: tensors[param.name] for param in self.params}
+        self._frozen = [tensors[name] for name in self.plan.params if name not in self._tensors]
+        self._others = [t for n, t in tensors.items() if n not in self.plan.params]
+        self._by_id = {id(tensors[param.name]): param for param in self.params}
 
     def rebind(self, model: nn.Module) -> None:
         """After the model was prepared: FSDP2 puts sharded tensors in the place of those that were there."""
         self._take(plain_parameters(model))
 
-    def _in_stage(self, param: Param) -> bool:
-        return self.stage.train == "all" or param.part == "head"
+    def param_of(self, tensor: torch.Tensor) -> Param | None:
+        """What a tensor is; None for one that does not train in this stage."""
+        return self._by_id.get(id(tensor))
 
     @property
     def flips(self) -> bool:
@@ -86,7 +85,7 @@ class Effects:
     @property
     def depths(self) -> tuple[int, ...]:
         """The depths at which something may train, from the top down."""
-        return tuple(sorted({self.plan.params[n].depth for n in self._tensors}, reverse=True))
+        return depths_of(self.params)
 
     @property
     def lowest(self) -> int:
@@ -113,14 +112,11 @@ class Effects:
         for tensor in (*self._frozen, *self._tensors.values()):
             _set_trainable(tensor, True)
 
-    def group(self, optimizer: Optimizer, *, scheduled: bool = False) -> None:
-        """Split the optimizer's groups so that each holds one learning rate, keeping all their options.
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        """Look at a fresh optimizer, before anything is frozen.
 
-        Args:
-            optimizer: a fresh optimizer, over at least the parameters of this stage.
-            scheduled: whether a scheduler was already made for its groups; then they cannot be split any more.
         Raises:
-            MethodError: a parameter that may train is not in the optimizer, or its groups cannot be scaled.
+            MethodError: a parameter that may train is not in it, or its states cannot be dropped as a plugin wants.
         """
         held = {id(t) for group in optimizer.param_groups for t in group["params"]}
         missing = [n for n, t in self._tensors.items() if id(t) not in held]
@@ -130,32 +126,26 @@ class Effects:
                 "while they were frozen, so they would never move. Let the Trainer make the optimizer (pass "
                 "optimizer_cls_and_kwargs instead of optimizers), or make it from all of model.parameters()."
             )
-        if not self._rates:
-            return
-        groups = [part for group in optimizer.param_groups for part in self._split(group)]
-        if scheduled and len(groups) != len(optimizer.param_groups):
+        dropping = next((plugin for plugin in self._gates if plugin.on_freeze == "drop_state"), None)
+        if dropping is not None and isinstance(optimizer, torch.optim.Adagrad):
             raise MethodError(
-                f"{self._rates[0].name!r} sets a rate for each layer, but the learning-rate scheduler was already "
-                "made for the optimizer's groups. Pass optimizers=(optimizer, None), or let the Trainer make both."
+                f"{who(dropping, self.plan.origins)} drops the optimizer's state of what it freezes, and Adagrad makes "
+                "all states at its start and never again. Use another optimizer, e.g. AdamW."
             )
-        optimizer.param_groups[:] = groups
-
-    def _split(self, group: dict[str, Any]) -> list[dict[str, Any]]:
-        parts: dict[Any, list[nn.Parameter]] = {}
-        for tensor in group["params"]:
-            param = self._by_id.get(id(tensor))
-            key = tuple(ask(p, "lr_key", param) for p in self._rates) if param else None
-            parts.setdefault(key, []).append(tensor)
-        return [{**group, "params": tensors} for tensors in parts.values()]
 
     def apply(self, run: Run) -> bool:
         """Freeze and thaw as the plugins say for `run.step`. Call at each update boundary; returns whether it changed.
 
         Also undoes what others did to the flags meanwhile.
+
+        Raises:
+            MethodError: the optimizer does not let go of the state of what it should forget.
         """
         if not self._wanted or (self._next is not None and run.step >= self._next):
-            wanted = {name: self._asks(run, self.plan.params[name]) for name in self._tensors}
+            refusing = {param.name: self._refusing(run, param) for param in self.params}
+            wanted = {name: not plugins for name, plugins in refusing.items()}
             self._next = self._earliest_change(run)
+            self._drop_states(run.optimizer, refusing)
         else:
             wanted = self._wanted
         changed, self._wanted = wanted != self._wanted, wanted
@@ -186,7 +176,23 @@ class Effects:
         if not mine or mine[-1].groups != groups:
             self.plan.timeline.append(Change(self.stage.name, run.step, run.max_steps, groups))
 
-    def _asks(self, run: Run, param: Param) -> bool:
+    def _drop_states(self, optimizer: Any, refusing: Mapping[str, list[Plugin]]) -> None:
+        """Not only where a tensor has just been frozen: a checkpoint of that step still holds its state."""
+        if optimizer is None:
+            return
+        for name, plugins in refusing.items():
+            dropping = next((plugin for plugin in plugins if plugin.on_freeze == "drop_state"), None)
+            if dropping is not None:
+                tensor = self._tensors[name]
+                optimizer.state.pop(tensor, None)
+                if optimizer.state.get(tensor):
+                    raise MethodError(
+                        f"{who(dropping, self.plan.origins)} drops the optimizer's state of what it freezes, but "
+                        f"{type(optimizer).__name__} does not let go of that of {name!r}. Use another optimizer."
+                    )
+
+    def _refusing(self, run: Run, param: Param) -> list[Plugin]:
+        """The plugins that want it frozen."""
         answers = [ask(plugin, "may_train", run, param) for plugin in self._gates]
         for plugin, answer in zip(self._gates, answers, strict=True):
             if not isinstance(answer, bool):
@@ -194,7 +200,7 @@ class Effects:
                     f"{who(plugin, self.plan.origins)}: may_train returned {answer!r} for {param.name} at step "
                     f"{run.step}; expected a bool."
                 )
-        return all(answers)
+        return [plugin for plugin, answer in zip(self._gates, answers, strict=True) if not answer]
 
     def _earliest_change(self, run: Run) -> int | None:
         steps: list[Any] = []
@@ -211,39 +217,53 @@ class Effects:
             steps.append(answer)
         return run.step + 1 if NotImplemented in steps else min(steps, default=None)
 
-    def _foresight(self, run: Run) -> bool:
-        """Whether every plugin can tell ahead what will train when."""
-        return all(ask(plugin, "next_change", run) is not NotImplemented for plugin in self._gates)
+    def unforeseen(self, run: Run) -> Plugin | None:
+        """The first plugin that cannot tell at `run.step` when it will answer differently; None where all can."""
+        return next((p for p in self._gates if ask(p, "next_change", run) is NotImplemented), None)
 
     def recall(self, run: Run) -> None:
         """After a resume: what trained before it, as the plugins tell, so that the timeline is whole."""
-        if run.step == 0 or not self._foresight(run):
-            return
-        for step, groups in self._schedule(run, 0, run.step):
-            self.plan.timeline.append(Change(self.stage.name, step, run.max_steps, frozenset(groups)))
+        past: list[Change] = []
+        for step, names in self.schedule(run, 0, run.step):
+            if self.unforeseen(run.at(step)) is not None:
+                return  # what made them change then is not known any more
+            past.append(Change(self.stage.name, step, run.max_steps, frozenset(self.groups(names.__contains__))))
+        self.plan.timeline.extend(past)
 
     def never_trained(self, run: Run) -> set[Group]:
-        """The groups that no step of this stage will train, as far as the plugins can tell ahead."""
-        if not self._foresight(run) or run.step >= max(run.max_steps, 1):
-            return set()  # unknown, or resumed at its end
-        never = self.groups()
-        for _, groups in self._schedule(run, run.step, max(run.max_steps, 1)):
-            never -= groups
+        """The groups that no step of this stage will train, as far as the plugins can tell ahead.
+
+        Raises:
+            MethodError: there is a step at which nothing trains.
+        """
+        never = self.groups() if run.step < max(run.max_steps, 1) else set()  # else resumed at its end
+        for step, names in self.schedule(run, run.step, max(run.max_steps, 1)):
+            if not names:
+                together = " and ".join(who(plugin, self.plan.origins) for plugin in self._gates)
+                raise MethodError(
+                    f"Nothing trains from step {step} on, by what {together} say. Change the settings, or drop one."
+                )
+            never -= self.groups(names.__contains__)
+            if self.unforeseen(run.at(step)) is not None:
+                return set()
             if not never:
                 break
         return never
 
-    def _schedule(self, run: Run, start: int, stop: int) -> Iterator[tuple[int, set[Group]]]:
-        """From `start` until before `stop`: each step at which what trains may change, and what trains from it on."""
+    def schedule(self, run: Run, start: int, stop: int) -> Iterator[tuple[int, frozenset[str]]]:
+        """From `start` until before `stop`: each step at which what trains may change, and what trains from it on.
+
+        After a step that `unforeseen` tells of, that is every step, with answers for the state as it is.
+        """
         there, step = dataclasses.replace(run), start
         while step is not None and step < stop:
             there.step = step
-            yield step, self.groups(lambda name: self._asks(there, self.plan.params[name]))
+            yield step, frozenset(p.name for p in self.params if not self._refusing(there, p))
             step = self._earliest_change(there)
 
     def groups(self, trains: Callable[[str], bool] = lambda _: True) -> set[Group]:
         """The (depth, part) of the parameters for which `trains(name)` holds."""
-        return {(self.plan.params[n].depth, self.plan.params[n].part) for n in self._tensors if trains(n)}
+        return {(param.depth, param.part) for param in self.params if trains(param.name)}
 
     def trains(self, name: str) -> bool:
         """Whether a parameter trains at the current step."""
@@ -265,70 +285,6 @@ class Effects:
                 tensor.grad = None
         for tensor in self._frozen:
             tensor.grad = None
-
-    def scale_rates(self, optimizer: Optimizer, run: Run) -> Callable[[], None]:
-        """Put the plugins' rates into the groups for one update; the returned function puts the old ones back.
-
-        Raises:
-            MethodError: a group has no learning rate to scale (Adafactor with relative steps).
-            PluginError: a plugin answered with something that is no factor ≥ 0.
-        """
-        if not self._rates:
-            return lambda: None
-        before = [(group, group["lr"]) for group in optimizer.param_groups]
-        scaled: list[tuple[dict[str, Any], Any]] = []
-        for group, rate in before:
-            param = self._by_id.get(id(group["params"][0])) if group["params"] else None
-            if param is None:
-                continue
-            if rate is None:
-                raise MethodError(
-                    f"{self._rates[0].name!r} scales the learning rate, but the optimizer computes its own (lr=None): "
-                    "set relative_step=False and a learning rate."
-                )
-            scaled.append((group, rate * self.scale(run, param)))
-        for group, rate in scaled:  # once all plugins have answered, so that none that raises leaves half of them
-            # Not in place: capturable optimizers keep the rate in a tensor that the scheduler still holds.
-            group["lr"] = rate
-
-        def restore() -> None:
-            for group, rate in before:
-                group["lr"] = rate
-
-        return restore
-
-    def scale(self, run: Run, param: Param) -> float:
-        """The product of all plugins' multipliers for one parameter."""
-        product = 1.0
-        for plugin in self._rates:
-            factor = ask(plugin, "lr_scale", run, param)
-            if not (isinstance(factor, (int, float)) and math.isfinite(factor) and factor >= 0):
-                raise PluginError(
-                    f"{who(plugin, self.plan.origins)}: lr_scale returned {factor!r} for {param.name} at step "
-                    f"{run.step}; expected a number ≥ 0."
-                )
-            product *= factor
-        return product
-
-
-def check_without_epochs(plan: Plan, stage: Stage, model: nn.Module, max_steps: int) -> None:
-    """For data without a length: ask once, as at step 0, what trains, so that a schedule in epochs is refused now.
-
-    Raises:
-        PluginError: a plugin needs to know how many steps an epoch has.
-    """
-    run = Run(
-        model=model,
-        task=plan.task,
-        num_blocks=plan.layers.num_blocks,
-        depths=tuple(sorted({param.depth for param in plan.params.values()}, reverse=True)),
-        stages=plan.stages,
-        stage=stage,
-        max_steps=max_steps,
-    )
-    for plugin in plan.active(stage):
-        for hook in {"may_train", "lr_scale"}.intersection(plugin.hooks()):
-            ask(plugin, hook, run, next(iter(plan.params.values())))
 
 
 def trainable_names(model: nn.Module) -> list[str]:

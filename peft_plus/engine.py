@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,15 +16,24 @@ from . import proof
 from .ask import ask
 from .compose import Plan, who
 from .distributed import plain_parameters
-from .divergence import StepParts, check_scaler, check_update
+from .divergence import StepParts, check_scaler, check_update, gradient_norm
 from .effects import Effects
 from .errors import EngagementError, MethodError, PluginError, TrainingError
+from .graph_cut import cut_graph
 from .plugin import Plugin, Run
+from .rates import Rates
+from .run_weights import RunWeights
 from .stages import Stage
 from .state_files import check_state
 from .timeline import Change, label
+from .trunk import CacheOptions, TrainingData, TrunkService
 
 logger = logging.getLogger(__name__)
+
+_BETWEEN_STEPS = ("on_step_end", "on_evaluate")
+"""Events at which weights may be kept and put back: a checkpoint of the step is written after them."""
+_NOT_NOW = "weights are kept and put back in on_step_end and on_evaluate alone, where a step is whole."
+_COPIES = "DeepSpeed updates copies of its own, which would undo it at the next step. Use DDP or FSDP2."
 
 
 class Engine:
@@ -38,24 +48,36 @@ class Engine:
         model: the model as built, not wrapped.
         plan: what hangs on it.
         stage: the stage that will run.
+        start: what is known of where it begins: `seed`, `batch_size`, `processes`.
     """
 
     run: Run
 
-    def __init__(self, model: nn.Module, plan: Plan, stage: Stage) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, stage: Stage, **start: int) -> None:
         self.model, self.plan, self.stage = model, plan, stage
-        self.effects = Effects(model, plan, stage)
+        self.effects = Effects(model, plan, stage, **start)
         self.effects.open()
+        self.rates = Rates(plan, stage, self.effects.param_of)
+        self.weights = RunWeights(model, self.effects.tensors)
+        self.weights.refused = _NOT_NOW
         self._last_metrics: Mapping[str, float] = {}
         self._last_evaluation_step: int | None = None
+        self._stop_reasons: list[str] = []
+        self._resumed_at = 0
+        self._refused = ""  # why no weights may be kept at all
+        self._measured = False  # by an evaluation that plugins were not told of
+        self.trunk: TrunkService | None = None
+        self._finished = False
         self._watch: proof.Engagement | None = None
         self._restore_rates: Callable[[], None] | None = None
+        self._restore_graph: Callable[[], None] = lambda: None
         self._constant: set[str] = set()  # loss terms without a gradient that were told of
         self._skipped = 0
 
     def adopt(self, optimizer: Optimizer, *, scheduled: bool = False) -> None:
-        """Split a fresh optimizer's groups by rate. See `Effects.group`."""
-        self.effects.group(optimizer, scheduled=scheduled)
+        """Check a fresh optimizer, and split its groups by rate. See `Rates.split`."""
+        self.effects.check_optimizer(optimizer)
+        self.rates.split(optimizer, scheduled=scheduled)
 
     def begin(
         self,
@@ -69,15 +91,26 @@ class Engine:
         batch_size: int = 0,
         processes: int = 1,
         watch: bool = True,
+        data: TrainingData | None = None,
+        scratch: Path | None = None,
     ) -> None:
-        """Training starts, or goes on at `step`: freeze what is frozen there, and `watch` what moves."""
+        """Training starts, or goes on at `step`: freeze what is frozen there, and `watch` what moves.
+
+        Args:
+            data: what the loop knows of them.
+            scratch: a folder for what is needed until the run has finished, also by a resumed one.
+        """
         plan = self.plan
         self.effects.rebind(self.model)
+        self.weights.tensors = self.effects.tensors
+        self._resumed_at = step
         self.run = Run(
             model=self.model,
             task=plan.task,
             num_blocks=plan.layers.num_blocks,
+            params=self.effects.params,
             depths=self.effects.depths,
+            layers=plan.layers,
             stages=plan.stages,
             stage=self.stage,
             step=step,
@@ -90,9 +123,12 @@ class Engine:
             processes=processes,
             last_metrics=self._last_metrics,
             last_evaluation_step=self._last_evaluation_step,
+            weights=self.weights,
+            stop_reasons=self._stop_reasons,
         )
         if watch:
             self._begin_watch()
+        self.weights.watch, self._refused = self._watch, "" if watch else _COPIES
         never = self.effects.never_trained(self.run)
         if never:
             names = ", ".join(label(g, plan.layers.num_blocks) for g in sorted(never, reverse=True))
@@ -106,6 +142,33 @@ class Engine:
         if not self._changes():
             self.effects.recall(self.run)
         self.effects.apply(self.run)
+        self._restore_graph()  # of a run that broke off
+        self._restore_graph = cut_graph(self.model)
+        self._begin_trunk(data or TrainingData(), scratch)
+
+    def _begin_trunk(self, data: TrainingData, scratch: Path | None) -> None:
+        asking = self._listeners("trunk_cache")
+        answers = [(plugin, ask(plugin, "trunk_cache", self.run)) for plugin in asking]
+        for plugin, answer in answers:
+            if answer is not None and not isinstance(answer, CacheOptions):
+                raise PluginError(
+                    f"{who(plugin, self.plan.origins)}: trunk_cache returned {answer!r}; expected CacheOptions or None."
+                )
+        options = [(plugin, answer) for plugin, answer in answers if answer is not None]
+        if len(options) > 1:
+            names = " and ".join(who(plugin, self.plan.origins) for plugin, _ in options)
+            raise MethodError(f"{names} both want to store the trunk's output. Leave one of them out.")
+        if not options and not self.term_plugins:
+            return
+        self.trunk = self.run.trunk = TrunkService(
+            self.model,
+            self.plan.layers,
+            self.effects,
+            options[0][1] if options else None,
+            data=data,
+            scratch=scratch,
+        )
+        self.trunk.step_begin(self.run)
 
     def _check_states(self) -> None:
         """Raise PluginError where a plugin's state could not be saved: now rather than at the first checkpoint."""
@@ -135,12 +198,17 @@ class Engine:
     def step_begin(self, step: int) -> None:
         """`step` optimizer steps are finished and the next one begins."""
         self.run.step = step
+        self._resumed_at = 0
         self.effects.apply(self.run)
+        if self.trunk is not None:
+            self.trunk.step_begin(self.run)
 
     def before_forward(self) -> None:
         """Once the model is in train mode, before each micro-batch."""
         self.effects.hold()
         self.effects.rest()
+        if self.trunk is not None:
+            self.trunk.rest()
 
     def after_forward(self) -> None:
         """Between all passes of a micro-batch and its backward."""
@@ -186,11 +254,18 @@ class Engine:
         rate = max((float(group["lr"] or 0.0) for group in optimizer.param_groups), default=0.0)
         check_update(norm, parts, self.model, step=self.run.step, rate=rate)
 
-    def before_update(self) -> None:
-        """Right before `optimizer.step()`."""
+    def before_update(self, *, may_overflow: bool = False) -> None:
+        """Right before `optimizer.step()`, when the gradients are unscaled.
+
+        Args:
+            may_overflow: whether a gradient scaler will skip the update if they are not finite.
+        """
         self.effects.drop_frozen_gradients()
+        told = self._listeners("on_pre_optimizer_step")
+        if told and not (may_overflow and not bool(gradient_norm(self.effects.tensors.values()).isfinite())):
+            self._tell("on_pre_optimizer_step")
         optimizer: Any = self.run.optimizer
-        self._restore_rates = self.effects.scale_rates(optimizer, self.run)
+        self._restore_rates = self.rates.scale(optimizer, self.run)
         if self._watch is None:
             return
         moving = [group for group in optimizer.param_groups if group["lr"] is None or float(group["lr"]) > 0]
@@ -218,23 +293,50 @@ class Engine:
     def step_end(self, step: int) -> None:
         """`step` optimizer steps are finished, and nothing of the last one was logged, evaluated or saved yet."""
         self.run.step = step
-        for plugin in self.plan.active(self.stage):
-            if "on_step_end" in plugin.hooks():
-                ask(plugin, "on_step_end", self.run)
+        self._tell("on_step_end")
+
+    def _listeners(self, event: str) -> list[Plugin]:
+        return [plugin for plugin in self.plan.active(self.stage) if event in plugin.hooks()]
+
+    def _tell(self, event: str) -> None:
+        self.weights.refused = self._refused if event in _BETWEEN_STEPS else _NOT_NOW
+        try:
+            for plugin in self._listeners(event):
+                ask(plugin, event, self.run)
+        finally:
+            self.weights.refused = _NOT_NOW
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a plugin wants the run to end after this step."""
+        return hasattr(self, "run") and bool(self.run.stop_reasons)
 
     def evaluated(self, metrics: Mapping[str, float]) -> None:
         """An evaluation returned. Those of several datasets at one step count as one."""
+        if not hasattr(self, "run") or (self._resumed_at and self.run.step == self._resumed_at):
+            return  # none of this run's; the checkpoint that it goes on from knows of those at its step
+        self._measured = True
         same = self.run.last_evaluation_step == self.run.step
         numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, Real)}
         self.run.last_metrics = {**(self.run.last_metrics if same else {}), **numbers}
         self.run.last_evaluation_step = self.run.step
 
+    def evaluation_ended(self) -> None:
+        """Each dataset of an evaluation has returned, and nothing of this step was saved yet."""
+        if self._measured:
+            self._measured = False
+            self._tell("on_evaluate")
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of this stage, and of how the ones before went, as plain values and tensors."""
+        if self.trunk is not None:
+            self.trunk.seal()
         return {
             "plugins": {p.name: dict(ask(p, "state_dict")) for p in self.plan.active(self.stage)},
             "last_metrics": dict(self.run.last_metrics),
             "last_evaluation_step": self.run.last_evaluation_step,
+            "stop_reasons": list(self.run.stop_reasons),
+            "kept": self.weights.kept,
             "timeline": [[c.stage, c.step, c.max_steps, sorted(map(list, c.groups))] for c in self.plan.timeline],
             "engagement": {
                 stage: [[*row.group, row.steps, row.tensors, row.moved, row.reached] for row in rows]
@@ -260,6 +362,8 @@ class Engine:
             ask(plugins[name], "load_state_dict", own)
         self._last_metrics = dict(state["last_metrics"])
         self._last_evaluation_step = state["last_evaluation_step"]
+        self._stop_reasons = list(state["stop_reasons"])
+        self.weights.kept = state["kept"]
         self.plan.timeline[:] = [
             Change(stage, step, max_steps, frozenset((depth, part) for depth, part in groups))
             for stage, step, max_steps, groups in state["timeline"]
@@ -279,6 +383,7 @@ class Engine:
         Raises:
             EngagementError: a declared group never moved, a frozen tensor did, or a tensor is not finite any more.
         """
+        self._finished = True
         if self._watch is None:
             return
         watch, self._watch = self._watch, None
@@ -295,6 +400,10 @@ class Engine:
 
     def close(self) -> None:
         """Give the model back as `get_model` made it: every parameter of the plan trainable."""
+        self._restore_graph()
+        if self.trunk is not None:
+            self.trunk.close(finished=self._finished)
+            self.trunk = None
         self.effects.close()
 
     @property

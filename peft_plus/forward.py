@@ -3,37 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .layers import transformers_model
 
+if TYPE_CHECKING:
+    from .trunk import TrunkService
+
 _LABELS = ("labels", "start_positions", "end_positions", "shift_labels")
 _FUSED = ("fused_lm_head", "num_items_in_batch")
 """What TRL tells a model so that it computes the loss in its head, without logits."""
 
 
+PLACES = ("embeddings", "trunk")
+"""Where a pass can be perturbed."""
+
+
 def second_pass(
-    model: nn.Module, batch: Mapping[str, Any], perturb: Mapping[str, Tensor | Callable[[Tensor], Tensor]]
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    perturb: Mapping[str, Tensor | Callable[[Tensor], Tensor]],
+    trunk: TrunkService | None = None,
 ) -> Any:
-    """Run `model` over `batch` again, adding noise inside. See `Run.forward`."""
-    unknown = sorted(set(perturb) - {"embeddings"})
+    """Run `model` over `batch` again, adding noise inside. See `Run.forward`.
+
+    Args:
+        trunk: keeps the output of the frozen lower blocks, where the run has any.
+    """
+    unknown = sorted(set(perturb) - set(PLACES))
     if unknown:
-        raise ValueError(f"There is no place called {unknown[0]!r} to perturb; known: 'embeddings'.")
+        raise ValueError(f"There is no place called {unknown[0]!r} to perturb; known: {', '.join(map(repr, PLACES))}.")
+    if len(perturb) > 1:
+        raise ValueError("Noise in the embeddings changes the trunk's output: perturb one place in a pass.")
     kwargs = _without_labels(model, batch)
+    # `forward`, not `__call__`: Accelerate's autocast wraps `forward`, and hooks of the first pass must not run twice.
+    if "trunk" in perturb:
+        if trunk is None:
+            raise ValueError("There is no trunk to perturb outside of a training step.")
+        with trunk.changed(_Noise(perturb["trunk"], "the trunk's output").add):
+            return model.forward(**kwargs)
     if not perturb:
         return model.forward(**kwargs)
-    noise = _Noise(perturb["embeddings"])
-    handles = [module.register_forward_hook(noise) for module in _embeddings(model)]
-    try:
-        # `forward`, not `__call__`: Accelerate's autocast wraps `forward`, and hooks of the first pass must not run
-        # twice.
+    noise = _Noise(perturb["embeddings"], "the embeddings")
+    with ExitStack() as stack:
+        if trunk is not None:
+            stack.enter_context(trunk.lifted())  # a stored output knows nothing of the noise
+        for module in _embeddings(model):
+            stack.callback(module.register_forward_hook(noise).remove)
         output = model.forward(**kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
     if not noise.used:
         raise ValueError(
             "The input embeddings never ran in this pass, so there was nothing to perturb: the batch gives "
@@ -111,22 +132,26 @@ class DeferredOutput:
 
 
 class _Noise:
-    """A forward hook that adds δ to a module's output, in fp32."""
+    """Adds δ to a module's output, in fp32; a forward hook."""
 
-    def __init__(self, delta: Tensor | Callable[[Tensor], Tensor]) -> None:
-        self._delta = delta
+    def __init__(self, delta: Tensor | Callable[[Tensor], Tensor], place: str) -> None:
+        self._delta, self._place = delta, place
         self.used = False
 
     def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         self.used = True
+        return self.add(output)
+
+    def add(self, output: Tensor) -> Tensor:
+        """`output` + δ."""
         delta = self._delta if isinstance(self._delta, Tensor) else self._delta(output)
         if delta.shape != output.shape:
-            raise ValueError(f"δ has shape {tuple(delta.shape)}, the embeddings {tuple(output.shape)}.")
+            raise ValueError(f"δ has shape {tuple(delta.shape)}, {self._place} {tuple(output.shape)}.")
         noised = (output.float() + delta.float()).to(output.dtype)
         if output.dtype in (torch.bfloat16, torch.float16) and _mostly_lost(noised == output, delta != 0):
             raise ValueError(
-                f"Noise of size {float(delta.abs().max()):.1e} vanishes in {output.dtype} embeddings. Load the model "
-                "in fp32 and train with bf16=True (autocast), or use larger noise."
+                f"Noise of size {float(delta.abs().max()):.1e} vanishes in {self._place} in {output.dtype}. Load "
+                "the model in fp32 and train with bf16=True (autocast), or use larger noise."
             )
         return noised
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import transformers
 from peft import PeftModel
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments
-from transformers.trainer_utils import has_length
+from transformers import TrainingArguments
+from transformers.trainer_utils import SchedulerType, has_length
 
 from .argument_values import check_values
 from .arguments import (
@@ -29,6 +29,7 @@ from .distributed import check_accelerator
 from .engine import Engine
 from .errors import MethodError
 from .forward import FirstPass
+from .own_schedule import check_own_schedule, replaces_scheduler
 from .rehearsal import check_adapter_folder
 from .safeguards import Safeguards
 from .sampling import order, order_plugin, order_taken_from
@@ -38,7 +39,9 @@ from .stages import Stage
 from .step_loss import StepLoss
 from .tasks import infer_task
 from .trainer_checkpoint import SealedCheckpoints
+from .trainer_events import Events
 from .trainer_loss import TrainerLoss, owners
+from .trunk import TrainingData
 
 if TYPE_CHECKING:
     _Trainer = transformers.Trainer
@@ -56,6 +59,7 @@ class Bridge(SealedCheckpoints, Safeguards, TrainerLoss, _Trainer):
     _hook: Any = None
     _order: Any = None
     _order_taken: bool = False
+    _evaluations: int = 0  # under way; one of several datasets makes one for each
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = plan_in(args, kwargs)
@@ -86,7 +90,7 @@ class Bridge(SealedCheckpoints, Safeguards, TrainerLoss, _Trainer):
             together=self.args.average_tokens_across_devices,
         )
         self._choose_scale()
-        self.add_callback(_Events(self))
+        self.add_callback(Events(self))
 
     # ---- the life of a run -------------------------------------------------------------------------------------
 
@@ -104,6 +108,8 @@ class Bridge(SealedCheckpoints, Safeguards, TrainerLoss, _Trainer):
                     f"The stage {first.name!r} sets {', '.join(first.args)}, which Trainer.train() would not use: call "
                     "peft_plus.fit(model, args, train_dataset=…)."
                 )
+        if plan:
+            check_own_schedule(plan, self.stage or plan.stages[0], self.args)
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -161,10 +167,27 @@ class Bridge(SealedCheckpoints, Safeguards, TrainerLoss, _Trainer):
         if plan is None:
             return super().create_optimizer(*args, **kwargs)
         self._let_go()  # of an attempt that found its batches too large (auto_find_batch_size)
-        self._engine = Engine(self.model, plan, self.stage or plan.stages[0])
+        self._engine = Engine(
+            self.model,
+            plan,
+            self.stage or plan.stages[0],
+            seed=self.args.seed,
+            batch_size=self._rows,
+            processes=self.accelerator.num_processes,
+        )
         optimizer = super().create_optimizer(*args, **kwargs) or self.optimizer  # an own method may return nothing
         self._engine.adopt(optimizer, scheduled=self.lr_scheduler is not None)
         return optimizer
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        plan = plan_of(self.model)
+        if plan is None or not replaces_scheduler(plan, self.stage or plan.stages[0], self.args):
+            return super().create_scheduler(*args, **kwargs)
+        asked, self.args.lr_scheduler_type = self.args.lr_scheduler_type, SchedulerType.CONSTANT
+        try:
+            return super().create_scheduler(*args, **kwargs)
+        finally:
+            self.args.lr_scheduler_type = asked  # by which a resumed run is known
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> Any:
         values = super().set_initial_training_values(args, dataloader)
@@ -212,7 +235,35 @@ class Bridge(SealedCheckpoints, Safeguards, TrainerLoss, _Trainer):
             batch_size=self._rows,
             processes=self.accelerator.num_processes,
             watch=not self.is_deepspeed_enabled,  # which updates inside the backward, and copies of its own
+            data=self._training_data(),
+            scratch=Path(self.args.output_dir or ".") / "trunk",
         )
+        self._stop_if_told()  # before the checkpoint that it goes on from
+
+    def _training_data(self) -> TrainingData:
+        def loader(order: Any, rows: int) -> Any:
+            return self._get_dataloader(self.train_dataset, "Storing", rows, sampler_fn=lambda _: order)
+
+        return TrainingData(dataset=self.train_dataset, loader=loader, collator=self.data_collator)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self._engine is None or not self._engine.stopped:
+            super()._run_epoch(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        self._evaluations += 1
+        try:
+            metrics = super().evaluate(*args, **kwargs)
+        finally:
+            self._evaluations -= 1
+        if self._engine is not None and not self._evaluations:
+            self._engine.evaluation_ended()
+            self._stop_if_told()
+        return metrics
+
+    def _stop_if_told(self) -> None:
+        if self._engine is not None and self._engine.stopped:
+            self.control.should_training_stop = True
 
     def _prove(self) -> None:
         if self._engine is not None:
@@ -270,48 +321,6 @@ class ExactLoss(transformers.Trainer):
             loss = loss - self._step_loss.router_excess(output, factor)
         loss = loss * self._divisor
         return (loss, output) if return_outputs else loss
-
-
-class _Events(TrainerCallback):
-    """Hands the Trainer's events to the engine. Added last, so that it runs after the user's callbacks."""
-
-    def __init__(self, trainer: Bridge) -> None:
-        self._trainer = trainer
-
-    @property
-    def _engine(self) -> Engine | None:
-        return self._trainer._engine
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self._trainer._begin()
-
-    def on_epoch_begin(self, *_: Any, **__: Any) -> None:
-        self._trainer._begin_epoch()
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        if self._engine is not None:
-            self._engine.step_begin(self._trainer.state.global_step)
-
-    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        if self._engine is not None:
-            if not self._trainer._step_loss.done:
-                raise self._trainer._bypassed("training_step")
-            self._engine.before_update()
-
-    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        if self._engine is not None:
-            self._engine.after_update(skipped=self._trainer.accelerator.optimizer_step_was_skipped)
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        if self._engine is not None:
-            self._engine.step_end(self._trainer.state.global_step)
-
-    def on_evaluate(self, *_: Any, metrics: Mapping[str, float] | None = None, **__: Any) -> None:
-        if self._engine is not None:
-            self._engine.evaluated(metrics or {})
-
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        self._trainer._prove()
 
 
 @cache

@@ -132,6 +132,14 @@ def open_source(
     return Source(name, task, config, auto_class, skeleton)
 
 
+def stored_labels(name: str) -> int:
+    """How many labels the config of a hub id or folder speaks of; transformers' 2 where it does not."""
+    from transformers import AutoConfig
+
+    _check_folder(name)
+    return AutoConfig.from_pretrained(name).num_labels or 2
+
+
 def load(source: Source, quantization: BitsAndBytesConfig | None, kwargs: Mapping[str, Any]) -> nn.Module:
     """Load the weights, quantised where asked; k-bit preparation included.
 

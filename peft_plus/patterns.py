@@ -222,21 +222,41 @@ def _anchored(names: Sequence[str]) -> str:
     return f"(?:{'|'.join(ways) or _NEVER})"
 
 
-def _matches(groups: list[tuple[bool, list[tuple[str, str]]]], names: list[str]) -> list[list[list[str]]]:
+def searched(expressions: Sequence[str], names: Sequence[str], whose: str) -> list[list[str]]:
+    """For each regular expression of a plugin's settings, the names that it is found in, within the same time limit.
+
+    Args:
+        whose: where the expressions stand, for messages: `freeze(patterns=…)`.
+    Raises:
+        MethodError: an expression is none, or takes too long.
+    """
+    group = [("search", expression) for expression in expressions]
+    return _matches([(False, group)], list(names), whose, "Write simpler ones, or names with `*`.")[0] if group else []
+
+
+def _matches(
+    groups: list[tuple[bool, list[tuple[str, str]]]],
+    names: list[str],
+    whose: str = "the adapter's config",
+    instead: str = "Replace them by lists of names in adapter_config.json.",
+) -> list[list[list[str]]]:
     """For each group, for each (function of `re`, expression) in it, the names that it matches.
 
-    Args: groups: with each, whether a name goes to the first expression that matches it, and to no other.
+    Args:
+        groups: with each, whether a name goes to the first expression that matches it, and to no other.
+        whose, instead: for messages: where the expressions stand, and what to write there.
     """
     expressions = [expression for _, group in groups for _, expression in group]
     if not expressions:
         return []
+    start = whose[0].upper() + whose[1:] if whose.startswith("the ") else whose
     for expression in expressions:
         if len(expression) > _MAX_LENGTH:
-            raise MethodError(f"The adapter's config holds a regular expression of {len(expression):,} characters.")
+            raise MethodError(f"{start} holds a regular expression of {len(expression):,} characters.")
     if not sys.executable or getattr(sys, "frozen", False):
         raise MethodError(
-            "The adapter's config holds regular expressions, which are matched in a separate Python process, and this "
-            "program has no interpreter to start. Replace them by lists of names in adapter_config.json."
+            f"{start} holds regular expressions, which are matched in a separate Python process, and this program has "
+            f"no interpreter to start. {instead}"
         )
     # Isolated and without site-packages: it starts in milliseconds and can import nothing but the standard library.
     command = [sys.executable, "-I", "-S", "-c", _CHILD]
@@ -246,12 +266,12 @@ def _matches(groups: list[tuple[bool, list[tuple[str, str]]]], names: list[str])
         done = subprocess.run(command, input=told, capture_output=True, text=True, timeout=SECONDS, check=False)
     except subprocess.TimeoutExpired:
         raise MethodError(
-            f"The regular expressions of the adapter's config, e.g. {first}, take more than {SECONDS:g} seconds on "
-            "the names of this model: PEFT would hang. Replace them by lists of names in adapter_config.json."
+            f"The regular expressions of {whose}, e.g. {first}, take more than {SECONDS:g} seconds on the names of "
+            f"this model: it would hang. {instead}"
         ) from None
     if done.returncode != 0:
         said = done.stderr.strip().rpartition("\n")[2]
-        raise MethodError(f"The adapter's config holds an invalid regular expression, e.g. {first}: {said}")
+        raise MethodError(f"{start} holds an invalid regular expression, e.g. {first}: {said}")
     return json.loads(done.stdout)
 
 

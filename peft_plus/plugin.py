@@ -8,21 +8,20 @@ imports no torch, so that a plugin's settings can be read and checked before any
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from .run import Run as Run
+
 if TYPE_CHECKING:
-    from torch import Generator, Tensor
-    from torch.nn import Module
-    from torch.optim import Optimizer
+    from torch import Tensor
     from torch.utils.data import Sampler
 
     from .stages import Stage
-    from .tasks import Task
+    from .trunk import CacheOptions
 
 API = 1
 """Version of the contract. A plugin written for another version is refused by name, not run by luck."""
@@ -79,91 +78,6 @@ class LossTerm:
 
 
 @dataclass(kw_only=True)
-class Run:
-    """Where training stands, and the services a hook may call. Made and advanced by the loop, read by plugins.
-
-    Attributes:
-        model: the model as `get_model` returned it, never wrapped by DDP.
-        task: the task, which knows where the logits are.
-        num_blocks: L, the number of blocks; `Param.depth` runs from 0 to L + 1.
-        depths: the depths at which something may train in this stage, from the top (head) down.
-        stage: the stage that is running; `stages` are all of them, in order.
-        step: finished optimizer steps of this stage.
-        max_steps: optimizer steps of this stage.
-        steps_per_epoch: optimizer steps in one pass over the data.
-        optimizer: the stage's optimizer, or None before it exists.
-        base_lr: the learning rate that the user set for this stage.
-        seed: seed of every random stream.
-        batch: the micro-batch being worked on, with the labels.
-        first_example: position, within the whole optimizer step over all processes, of this batch's first row.
-        batch_size: rows of one micro-batch of one process; 0 before the loop has made its loader.
-        processes: how many processes share an optimizer step.
-        last_metrics: what the last evaluation returned.
-        last_evaluation_step: the step at which it did, or None before the first: how an evaluation is told from the
-            next.
-    """
-
-    model: Module
-    task: Task
-    num_blocks: int
-    depths: tuple[int, ...] = ()
-    stages: tuple[Stage, ...] = ()
-    stage: Stage | None = None
-    step: int = 0
-    max_steps: int = 0
-    steps_per_epoch: int = 0
-    optimizer: Optimizer | None = None
-    base_lr: float = 0.0
-    seed: int = 0
-    batch: Mapping[str, Any] = field(default_factory=dict)
-    first_example: int = 0
-    batch_size: int = 0
-    processes: int = 1
-    last_metrics: Mapping[str, float] = field(default_factory=dict)
-    last_evaluation_step: int | None = None
-    logged: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def epoch(self) -> int:
-        """Finished passes over the data, derived from the step, so that a resumed run agrees with itself."""
-        return self.step // self.steps_per_epoch if self.steps_per_epoch else 0
-
-    def forward(
-        self, batch: Mapping[str, Any], *, perturb: Mapping[str, Tensor | Callable[[Tensor], Tensor]] | None = None
-    ) -> Any:
-        """One more pass of the model over `batch`, in the same autocast and train mode as the first.
-
-        Args:
-            batch: the model's keyword arguments.
-            perturb: `{"embeddings": δ}` adds δ to the output of the input embeddings, in fp32. δ has that output's
-                shape, e.g. (batch, tokens, width), or is a function from that output to δ.
-        Returns: the model's output.
-        Raises:
-            ValueError: the place to perturb is unknown, was never reached, or δ is lost in the embeddings' dtype.
-        """
-        from .forward import second_pass
-
-        return second_pass(self.model, batch, perturb or {})
-
-    def generator(self, *key: int | str, device: Any = "cpu") -> Generator:
-        """A random stream that depends only on the seed, the stage, the step and `key`.
-
-        Equal on every process and after a resume. For noise by example, put the example's position in the step into
-        the key: `run.generator("r3f", run.first_example + row)`.
-        """
-        import torch
-
-        stage = self.stage.name if self.stage else ""
-        text = "\x1f".join(map(str, (self.seed, stage, self.step, *key)))
-        seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
-        return torch.Generator(device=device).manual_seed(seed)
-
-    def log(self, **values: float) -> None:
-        """Hand numbers to the loop's own log; they appear with its next line."""
-        self.logged.update(values)
-
-
-@dataclass(kw_only=True)
 class Plugin:
     """How something is trained. Subclass it as a `@dataclass(kw_only=True)`; see `docs/writing_a_plugin.md`.
 
@@ -179,6 +93,9 @@ class Plugin:
         needs: words of `NEEDS`, checked before the base model loads.
         objectives: what kinds of training its loss terms are written for: `supervised` (the rows have labels),
             `preference`, `reward`, `reinforcement` or `distillation`.
+        on_freeze: what becomes of the optimizer's state of a tensor that its `may_train` freezes after it has trained:
+            `drop_state` frees it, and a later thaw starts with a fresh one. One plugin that says so is enough.
+        schedule: whether its `lr_scale` is itself a learning-rate schedule, so that a constant one must run underneath.
     """
 
     name: ClassVar[str] = ""
@@ -188,10 +105,22 @@ class Plugin:
     conflicts: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[tuple[str, ...]] = ()
     objectives: ClassVar[tuple[str, ...]] = ("supervised",)
+    on_freeze: ClassVar[Literal["keep", "drop_state"]] = "keep"
+    schedule: ClassVar[bool] = False
 
     def plan_stages(self, stages: Sequence[Stage]) -> Sequence[Stage]:
         """Once, before anything loads: the stages to run, changed or not. Plugins chain, in order."""
         return stages
+
+    def on_build(self, run: Run) -> None:
+        """Once, when the model is built or attached: look whether the settings fit it.
+
+        `run` stands where the first stage begins; `params` and `depths` tell what may train in any of the stages. There
+        is no optimizer yet, and how many steps there will be is unknown. Nothing may be kept.
+
+        Raises:
+            ValueError: a setting does not fit this model, e.g. a block past its depth, a pattern that matches nothing.
+        """
 
     def sampler(self, run: Run, dataset: Any) -> Sampler[int] | None:
         """Once in each stage, when the loop makes its loader: the order of the data, or None for the loop's own.
@@ -202,6 +131,17 @@ class Plugin:
         tells where the stage begins: `step` is 0, and there is no optimizer yet.
         """
         return None
+
+    def ever_trains(self, run: Run, param: Param) -> bool:
+        """Whether `param` trains at all in the stage that begins. Plugins must agree.
+
+        False = it has no place in this stage: not in `run.params` and `run.depths` of what the stage asks later, not in
+        the optimizer, not in what processes exchange, and nobody warns that it never trained.
+
+        Pure in the settings: a resumed run asks before it has loaded any state. `run` stands where the stage begins,
+        and there is no optimizer yet.
+        """
+        return True
 
     def may_train(self, run: Run, param: Param) -> bool:
         """Whether `param` trains at `run.step`. Asked at the start and at each update boundary.
@@ -231,14 +171,35 @@ class Plugin:
         """
         return NotImplemented
 
+    def trunk_cache(self, run: Run) -> CacheOptions | None:
+        """When a stage begins: whether the output of the frozen lower blocks is stored, and how; None for no.
+
+        One plugin at most. The core decides which blocks, from `may_train` and `next_change`.
+        """
+        return None
+
     def loss_terms(self, run: Run, batch: Mapping[str, Any], output: Any) -> Mapping[str, LossTerm]:
         """For each training micro-batch: what to add to the task's loss, by name. Names are unique over plugins."""
         return {}
 
+    def on_pre_optimizer_step(self, run: Run) -> None:
+        """Right before each optimizer step, when its gradients are whole: `run.gradient(param)`.
+
+        They are averaged over the processes, unscaled and clipped. `lr_scale` is asked after it, and state may change
+        here too. Not asked where a gradient scaler skips the update because gradients overflowed.
+        """
+
     def on_step_end(self, run: Run) -> None:
-        """After each optimizer step: the one place where state may change, since checkpoints are written after it.
+        """After each optimizer step: where state changes, since checkpoints are written after it.
 
         `run.step` counts the finished step too. What can be derived from `run.step` needs no state.
+        """
+
+    def on_evaluate(self, run: Run) -> None:
+        """After an evaluation, which `run.last_metrics` and `run.last_evaluation_step` tell; the weights are those.
+
+        Asked once for all data sets of an evaluation. State may change here too: a checkpoint of the same step is
+        written after it.
         """
 
     def state_dict(self) -> Mapping[str, Any]:
@@ -289,13 +250,18 @@ class Plugin:
 
 HOOKS: tuple[str, ...] = (
     "plan_stages",
+    "on_build",
     "sampler",
+    "ever_trains",
     "may_train",
     "lr_scale",
     "lr_key",
     "next_change",
+    "trunk_cache",
     "loss_terms",
+    "on_pre_optimizer_step",
     "on_step_end",
+    "on_evaluate",
     "state_dict",
     "load_state_dict",
 )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +59,7 @@ class Engagement:
         self._rests: dict[str, int] = {}
         self._steps: dict[str, int] = {}
         self._strays: set[str] = set()
+        self._moved: set[str] = set()  # before weights were last put back
         self._reached: set[str] = set()
         self._last: set[str] = set()  # what trained in the update before
 
@@ -76,6 +78,18 @@ class Engagement:
                 self._reached.add(name)
             self._steps[name] = self._steps.get(name, 0) + 1
         self._last = training
+
+    @contextmanager
+    def rewriting(self) -> Generator[None]:
+        """While somebody puts weights back: what moved until then is noted, and what moves meanwhile says nothing."""
+        now = {name: checksum(tensor) for name, tensor in self._tensors.items() if self._group_of(name) is not None}
+        moved = {name for name in now if now[name] != self._before[name]}
+        self._strays |= {name for name, since in self._resting.items() if now[name] != since}
+        self._strays |= moved - self._steps.keys()
+        self._moved |= moved
+        yield
+        self._before |= {name: checksum(self._tensors[name]) for name in now}
+        self._resting = {name: self._before[name] for name in self._resting}
 
     def broken(self) -> list[str]:
         """The parameters that may train and were NaN or infinite from the start. Every process must call it."""
@@ -97,7 +111,7 @@ class Engagement:
         now = {name: checksum(tensor) for name, tensor in self._tensors.items()}
         self._strays |= {name for name, since in self._resting.items() if now[name] != since}
         moved, reached, strays = self._anywhere(
-            {name for name in now if now[name] != self._before[name]}, self._reached, self._strays
+            self._moved | {name for name in now if now[name] != self._before[name]}, self._reached, self._strays
         )
         self._compare_processes(now)
         groups: dict[Group, list[str]] = {}

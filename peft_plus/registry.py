@@ -152,6 +152,14 @@ def check_plugin_class(cls: Any, entry: Entry | None = None) -> None:
         )
     if not cls.name:
         raise PluginError(f"{cls.__module__}.{cls.__qualname__} has no `name`: set the class variable.")
+    if cls.on_freeze not in ("keep", "drop_state"):
+        raise PluginError(
+            f"The plugin {label!r} of {where} has on_freeze={cls.on_freeze!r}; expected 'keep' or 'drop_state'."
+        )
+    for flag, hook in ((cls.on_freeze != "keep", "may_train"), (cls.schedule, "lr_scale")):
+        if flag and hook not in cls.hooks():
+            name = "on_freeze" if hook == "may_train" else "schedule"
+            raise PluginError(f"The plugin {label!r} of {where} sets `{name}` but has no {hook}, so it means nothing.")
     for base in cls.__mro__:
         if "__annotations__" in vars(base) and "__dataclass_fields__" not in vars(base):
             raise PluginError(
@@ -162,6 +170,17 @@ def check_plugin_class(cls: Any, entry: Entry | None = None) -> None:
 
 FIRST_PARTY: Mapping[str, str] = {
     "gradual_unfreeze": "peft-plus-freezing",
+    "autofreeze": "peft-plus-freezing",
+    "chain_thaw": "peft-plus-freezing",
+    "freeze": "peft-plus-freezing",
+    "freeze_plan": "peft-plus-freezing",
+    "discriminative_lr": "peft-plus-freezing",
+    "freezeout": "peft-plus-freezing",
+    "lisa": "peft-plus-freezing",
+    "plasticity_freeze": "peft-plus-freezing",
+    "slanted_triangular": "peft-plus-freezing",
+    "surgical": "peft-plus-freezing",
+    "trunk_cache": "peft-plus-freezing",
     "llrd": "peft-plus-stability",
     "r3f": "peft-plus-stability",
     "lp_ft": "peft-plus-probing",

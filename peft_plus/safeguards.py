@@ -18,10 +18,10 @@ from .arguments import objective_of, plan_of
 from .checkpoint import MANIFEST
 from .data_columns import check_columns, check_inputs
 from .data_limits import Limits, limits_of
-from .effects import check_without_epochs
 from .errors import CheckpointError, DataError, EngagementError, MethodError, PluginError, TrainingError
 from .metric_values import named_metrics
 from .named_rows import Rows, hands_on, name_rows
+from .stage_start import check_without_epochs
 
 if TYPE_CHECKING:
     from .compose import Plan

@@ -20,10 +20,11 @@ from . import session_checkpoint
 from .arguments import plan_in, plan_of
 from .compose import Plan
 from .distributed import check_accelerator, flipping
-from .divergence import gradient_norm
+from .divergence import gradient_norm, unscale
 from .engine import Engine
 from .errors import MethodError
 from .loop_watch import LoopWatch
+from .own_schedule import check_named
 from .random_state import rng_state, set_rng_state
 from .session_data import SessionData
 from .stages import Stage
@@ -87,6 +88,7 @@ class Session:
         self._epochs, self._max_steps = epochs, max_steps
         self._window: list[Any] = []  # the micro-batches of the step at work
         self._running = False
+        self._overflows = False  # whether a fused optimizer leaves out the update at work
         self._modules: list[nn.Module] = []
         self._task_loss, self._task_steps = torch.zeros(()), 0  # its sum over the steps since the last log
         self._after_save: Any = None
@@ -98,7 +100,7 @@ class Session:
                 "itself. Use peft_plus.Trainer there."
             )
         check_accelerator(plan, model, accelerator)
-        self.engine = Engine(model, plan, self.stage)
+        self.engine = Engine(model, plan, self.stage, seed=seed, processes=accelerator.num_processes)
         self.data = SessionData(model, plan, self.stage, accelerator, seed=seed)
         self._watch = LoopWatch()
         self._loss = StepLoss(
@@ -177,6 +179,7 @@ class Session:
             raise MethodError("Call session.optimizer(…) first: a scheduler needs it.")
         inner = self.optimizers[0].optimizer
         if isinstance(scheduler, str):
+            check_named(self.plan, self.stage, scheduler)
             from transformers import get_scheduler
 
             known: dict[str, Any] = {"num_warmup_steps": 0, "num_training_steps": self.max_steps}
@@ -245,8 +248,9 @@ class Session:
                 seed=self.seed,
                 batch_size=self.data.batch_size,
                 processes=self.accelerator.num_processes,
+                data=self.data.training_data(),
             )
-            while self.step < self.max_steps:
+            while self._goes_on:
                 start = self.step
                 yield from self._one_epoch(loader)
                 if self.step == start:
@@ -267,10 +271,14 @@ class Session:
         if not first:
             self._restore()
         iterator = iter(source)
-        while self.step < self.max_steps and (window := list(islice(iterator, accumulation))):
+        while self._goes_on and (window := list(islice(iterator, accumulation))):
             self._restore()  # beginning in the middle of an epoch may have drawn random numbers
             self.data.take(len(window))
             yield from self._one_step(window, getattr(source, "end_of_dataloader", False))
+
+    @property
+    def _goes_on(self) -> bool:
+        return self.step < self.max_steps and not self.engine.stopped
 
     def _restore(self) -> None:
         if self.random_state is not None:
@@ -339,6 +347,7 @@ class Session:
             if loss is None:
                 total = total - self._loss.router_excess(output, self._loss.weight(batch))
         plugins = self.engine.term_plugins
+        self.engine.run.batch = batch
         self._loss.parts.begin(total)
         if plugins:
             terms = self._loss.terms(plugins, self.engine.run, batch, output)
@@ -362,6 +371,7 @@ class Session:
             )
 
     def _before_update(self) -> None:
+        self._overflows = unscale(self.optimizers[0].optimizer)
         self._watch.before_update(at_rest=_at_rest(self.optimizers[0].optimizer))
         parts = self._loss.parts
         if len(parts.losses) < len(self._window):
@@ -370,12 +380,14 @@ class Session:
                 f"step {self.step + 1}: without it the plugins' terms and the exact scale are missing. A loss of your "
                 "own goes through it, too: session.loss(batch, loss=mine)."
             )
+        if self._overflows:
+            return
         parts.rows = self.data.rows_of_last(len(self._window))
         self.engine.check_update(gradient_norm(self.engine.effects.tensors.values()), parts)
         self.engine.before_update()
 
     def _after_update(self) -> None:
-        self.engine.after_update()
+        self.engine.after_update(skipped=self._overflows)
         self._watch.after_update(self.engine.effects.tensors.values())
         self._count_step()
 
@@ -390,8 +402,12 @@ class Session:
         self.engine.step_end(self.step)
 
     def evaluated(self, metrics: Mapping[str, float]) -> None:
-        """Tell the plugins what an evaluation returned, e.g. `{"eval_loss": 0.3}`."""
+        """Tell the plugins what an evaluation returned, e.g. `{"eval_loss": 0.3}`; of several data sets all at once.
+
+        They may put earlier weights back then, or end the run.
+        """
         self.engine.evaluated(metrics)
+        self.engine.evaluation_ended()
 
     def logs(self) -> dict[str, float]:
         """Since this was last asked: the task's mean `loss`, the means of the plugins' terms, what the plugins logged.

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from .compose import Plan
 from .data_columns import check_columns
 from .data_limits import check_batch, limits_of
 from .data_sample import data_sample
-from .effects import check_without_epochs
 from .epoch_data import Keyed, StreamCollate, check_settings, epoch_loader
 from .errors import DataError, MethodError
 from .named_rows import Collate, Rows, hands_on
 from .sampling import order
+from .stage_start import check_without_epochs
 from .stages import Stage
+from .trunk import TrainingData
 
 
 class SessionData:
@@ -46,6 +48,7 @@ class SessionData:
         self._sampler: Any = None
         self._rows: Rows | None = None
         self._collate: Collate | None = None
+        self._own_collate: Callable[[list[Any]], Any] | None = None  # without what looks at the rows
         self._judged = False  # whether the labels were compared with what the model takes
         self._taken = 0  # micro-batches of the epoch at work
 
@@ -76,6 +79,7 @@ class SessionData:
         self._rows = Rows(dataset, "dataset") if sized else None
         ids = limits_of(self._model, self._plan.task, own_loss=True)  # the labels may be meant for your own loss
         collate, accelerator = collate_fn or self._default_collate(), self._accelerator
+        self._own_collate = collate
         if hands_on(collate):
             check_columns(dataset, ids, "dataset")
         collate = self._collate = Collate(collate, ids, self._rows, "dataset")
@@ -117,6 +121,20 @@ class SessionData:
         from transformers import default_data_collator
 
         return default_data_collator
+
+    def training_data(self) -> TrainingData:
+        """What is known of the data before training."""
+        if self._rows is None or self._own_collate is None:
+            return TrainingData()
+        dataset, collate, accelerator = self._rows.dataset, self._own_collate, self._accelerator
+
+        def loader(order: Sampler[int], rows: int) -> Iterator[Any]:
+            places = list(order)
+            for start in range(accelerator.process_index * rows, len(places), accelerator.num_processes * rows):
+                batch = collate([dataset[row] for row in places[start : start + rows]])
+                yield send_to_device(batch, accelerator.device)
+
+        return TrainingData(dataset=dataset, loader=loader, collator=collate)
 
     def begin(self, loader: Any, epoch: int, first: int) -> None:
         """Before `loader` is iterated in an epoch, from its micro-batch number `first` on."""

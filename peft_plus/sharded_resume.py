@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .compose import Plan
 from .distributed import plain_parameters
 from .errors import MethodError
+from .run_weights import put
 
 _WEIGHTS, _OPTIMIZER = "pytorch_model_fsdp.bin", "optimizer.bin"
 """What Accelerate writes under FSDP2 with full state dicts."""
@@ -117,7 +117,7 @@ def _load_adapters(model: Any, folder: str | Path) -> Iterator[str]:
             if own is None or own.shape != whole.shape:
                 raise MethodError(f"{path} does not fit this model: it has no {key!r} of shape {tuple(whole.shape)}.")
             if id(own) in names:  # else PEFT computes what it saves, as from a prompt's encoder
-                _put(own, whole)
+                put(own, whole)
                 yield names[id(own)]
 
 
@@ -128,15 +128,5 @@ def _load_thawed(own: Mapping[str, torch.Tensor], folder: str | Path) -> Iterato
 
     path = Path(folder, THAWED)
     for name, whole in load_file(path).items() if path.is_file() else ():
-        _put(own[name], whole)
+        put(own[name], whole)
         yield name
-
-
-@torch.no_grad()
-def _put(tensor: torch.Tensor, whole: torch.Tensor) -> None:
-    """Each process takes its share of a value that all have read."""
-    if isinstance(tensor, DTensor):
-        whole = whole.to(tensor.device, tensor.dtype)
-        tensor.copy_(distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None))
-    else:
-        tensor.copy_(whole)

@@ -62,6 +62,7 @@ def fit(
     from .argument_values import check_values
     from .arguments import plan_of
     from .hf import Trainer, with_plugins
+    from .own_schedule import check_own_schedule
 
     plan = plan_of(model)
     if plan is None:
@@ -81,6 +82,8 @@ def fit(
     stage_args = [_arguments_of(stage, args, nested=len(plan.stages) > 1) for stage in plan.stages]
     for own in stage_args:  # of all stages, before the first one trains
         check_values(own, own_optimizer=bool({"optimizers", "optimizer_cls_and_kwargs"} & trainer_kwargs.keys()))
+    for stage, own in zip(plan.stages, stage_args, strict=True):
+        check_own_schedule(plan, stage, own)
     begun = _last_begun(stage_args) if resume_from_checkpoint else None
     outputs: list[Any] = [None] * (begun or 0)  # what those stages trained is in the checkpoint of a later one
     for number in range(begun or 0, len(plan.stages)):

@@ -138,6 +138,7 @@ class TrainerLoss(_Trainer):
         self._asked = True
         loss, rest = (result[0], tuple(result[1:])) if isinstance(result, tuple) else (result, ())
         plugins, batch = self._engine.term_plugins, self._first_pass.batch
+        self._engine.run.batch = batch
         self._step_loss.parts.begin(loss)
         if plugins:
             terms = self._step_loss.terms(plugins, self._engine.run, batch, self._first_pass.output)

@@ -25,6 +25,7 @@ from transformers import TrainerCallback, TrainingArguments, default_data_collat
 
 import peft_plus
 from peft_plus import EngagementError, MethodError, Plugin, PluginError, Run, get_model
+from peft_plus import rates as rates_module
 from peft_plus.effects import Effects
 
 from .models import batch, tiny
@@ -662,13 +663,14 @@ def test_an_optimizer_that_computes_its_own_rate_is_refused():
     plan = model.peft_plus
     effects = Effects(model, plan, plan.stages[0])
     optimizer = Adafactor(model.parameters(), relative_step=True, lr=None)
-    effects.group(optimizer)
+    rates = rates_module.Rates(plan, plan.stages[0], effects.param_of)
+    rates.split(optimizer)
     names = {id(p): n for n, p in model.named_parameters()}
     depths = [{depth_of(names[id(p)], 3) for p in group["params"]} for group in optimizer.param_groups]
     assert all(len(found) == 1 for found in depths)
     assert set().union(*depths) == {0, 1, 2, 3, 4}
     with pytest.raises(MethodError, match=r"llrd.*relative_step=False"):
-        effects.scale_rates(optimizer, Run(model=model, task=plan.task, num_blocks=3))
+        rates.scale(optimizer, Run(model=model, task=plan.task, num_blocks=3))
 
 
 @dataclass(kw_only=True)

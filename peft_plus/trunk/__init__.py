@@ -8,6 +8,7 @@ Frozen and in eval mode, the lowest k blocks give the same output for the same e
 | `rows.py` | a name for each row of a batch, by its content |
 | `store.py` | rows on disk, ragged and memory-mapped |
 | `identity.py` | what the trunk's output depends on: when a store may be used |
+| `data.py` | what a loop knows of its data before training |
 | `cache.py` | one model's training passes, served from a store |
 | `service.py` | when the trunk of a run is served, up to which block, and what that saves |
 """
@@ -15,8 +16,9 @@ Frozen and in eval mode, the lowest k blocks give the same output for the same e
 from __future__ import annotations
 
 from .cache import CacheOptions, TrunkCache
+from .data import TrainingData
 from .passes import Trunk, hidden
 from .service import TrunkService
 from .store import FeatureStore
 
-__all__ = ["CacheOptions", "FeatureStore", "Trunk", "TrunkCache", "TrunkService", "hidden"]
+__all__ = ["CacheOptions", "FeatureStore", "TrainingData", "Trunk", "TrunkCache", "TrunkService", "hidden"]

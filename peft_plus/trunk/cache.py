@@ -13,7 +13,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from ..distributed import gather
 from ..errors import MethodError
 from ..layers import Layers, transformers_model
+from ..random_state import rng_state, set_rng_state
+from .data import TrainingData
 from .identity import identity
 from .passes import Trunk, eval_mode
 from .rows import Rows, UnknownRows, rows_of
@@ -54,22 +56,6 @@ class CacheOptions:
     dtype: Literal["exact", "bf16"] = "exact"
     limit_gb: float = 20.0
     fill: Literal["first_epoch", "before"] = "first_epoch"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingData:
-    """What a loop knows of its data.
-
-    Attributes:
-        examples: rows; None where the data have no length.
-        tokens: of all rows; None where they cannot be counted.
-        batches: all rows once, in collated batches sorted by length, on the model's device; None where the data are
-            read as a stream.
-    """
-
-    examples: int | None = None
-    tokens: int | None = None
-    batches: Callable[[], Iterable[Mapping[str, Any]]] | None = None
 
 
 class TrunkCache:
@@ -204,20 +190,15 @@ class TrunkCache:
 
     def fill(self) -> None:
         """Compute and store what the data hold, before training. Every process must call it."""
-        if self._data.batches is None:
-            raise MethodError(
-                "trunk_cache(fill='before') goes through the data before training, and these are read as a stream. "
-                "Use fill='first_epoch'."
-            )
         assert self._trunk is not None
-        trunk = self._trunk
-        self._inner.train()
+        trunk, random = self._trunk, rng_state()
         for batch in self._data.batches():
             given = self._named((), {k: v for k, v in batch.items() if k in self._signature.parameters})
             rows = self._rows(trunk, given)
             if self._store is None or any(key not in self._store for key in rows.keys):
                 self._compute(trunk, rows, given)
         self.epoch_ends(0)
+        set_rng_state(random)  # training draws what it would have drawn
 
     @contextmanager
     def lifted(self) -> Iterator[None]:

@@ -6,7 +6,9 @@ import hashlib
 import json
 from typing import Any
 
+import peft
 import torch
+import transformers
 from torch import Tensor, nn
 
 from ..errors import MethodError
@@ -15,9 +17,15 @@ from ..proof import checksum
 from .passes import trunk_blocks
 
 
-def identity(model: nn.Module, layers: Layers, depth: int) -> dict[str, Any]:
+_NOT_FOR_THE_TRUNK = frozenset({"problem_type", "id2label", "label2id", "use_cache", "_name_or_path"})
+"""Settings of a model that change nothing below its head. Some are set by a model's first pass, or by a Trainer."""
+
+
+def identity(model: nn.Module, layers: Layers, depth: int, *, autocast: str) -> dict[str, Any]:
     """All that the output of block `depth` depends on: weights, settings, and the kernels that compute it.
 
+    Args:
+        autocast: in which dtype the pass computes, or `off`.
     Returns: plain values, equal where features may be shared.
     Raises:
         MethodError: a weight is out of reach (offloaded, or sharded over processes).
@@ -37,19 +45,22 @@ def identity(model: nn.Module, layers: Layers, depth: int) -> dict[str, Any]:
             raise MethodError(f"trunk_cache cannot read the frozen weight {name!r}, which is {place}. Leave it out.")
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{checksum(tensor)}".encode())
     at_work = [name for name in weights if name in adapters and name not in idle]
-    settings = {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()} if at_work else {}
-    kind = next(iter(weights.values())).device.type
+    settings: dict[str, Any] = {}
+    if at_work:
+        settings = {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()}
+        settings["active"] = list(getattr(model, "active_adapters", ()))
+    config = {name: value for name, value in inner.config.to_dict().items() if name not in _NOT_FOR_THE_TRUNK}
     return {
         "model": type(inner).__name__,
-        "config": _digest(inner.config.to_dict()),
+        "config": _digest(config),
         "attention": str(getattr(inner.config, "_attn_implementation", None)),
         "adapters": _digest(settings),
         "block": depth,
         "weights": digest.hexdigest(),
-        "device": kind,
-        "autocast": str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else "off",
-        "torch": torch.__version__,
-        "peft_plus": __version__,
+        "device": next(iter(weights.values())).device.type,
+        "autocast": autocast,
+        "precision": torch.get_float32_matmul_precision(),
+        "versions": [torch.__version__, transformers.__version__, peft.__version__, __version__],
     }
 
 

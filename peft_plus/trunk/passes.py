@@ -24,17 +24,23 @@ class Trunk:
         model: a transformers model, or a PeftModel over one.
         layers: where its parameters lie.
         depth: k ≥ 1, the depth of the last block that belongs to the trunk.
+    Attributes:
+        inner: the transformers model.
+        blocks: its blocks, from below.
+        dtype: of its last output.
+        autocast: in which dtype the last pass of `features` computed, or `off`.
     Raises:
         ValueError: no block of that stack lies at or below `depth`.
     """
 
     def __init__(self, model: nn.Module, layers: Layers, depth: int) -> None:
-        self.depth = depth
-        self._inner = transformers_model(model)
+        self.depth, self.autocast = depth, "off"
+        self.inner = transformers_model(model)
         self.blocks = trunk_blocks(model, layers, depth)
         if not self.blocks:
             raise ValueError(f"there is no block at depth 1 to {depth} that reads the input.")
         self._all_blocks = [model.get_submodule(name) for row in layers.blocks for name in row]
+        self.dtype = torch.float32
         self._sides: tuple[Any, ...] | None = None  # what a block returns beside its hidden states
         self._tuples = False  # whether it returns a tuple
         self._modules: list[nn.Module] | None = None  # what runs in the trunk
@@ -49,34 +55,49 @@ class Trunk:
         """
         ran: set[nn.Module] = set()
         with ExitStack() as stack:
-            stack.enter_context(eval_mode(self._inner))
+            stack.enter_context(eval_mode(self.inner))
             stack.enter_context(torch.no_grad())
             if self._modules is None:
                 for module in self._beside():
                     hook = module.register_forward_pre_hook(lambda module, _: ran.add(module))
                     stack.callback(hook.remove)
+            # Not out here: whoever wraps a forward in autocast does so around it.
+            stack.callback(self.blocks[-1].register_forward_pre_hook(self._note_autocast).remove)
             output = output_of(self.blocks[-1], forward, kwargs)
         if self._modules is None:
             inside = [module for block in self.blocks for module in block.modules()]
-            self._modules = [*(module for module in self._beside() if module in ran), *inside]
+            self._modules = [*(module for module in self._beside() if module in ran), *self._around(), *inside]
         return self.learn(output)
+
+    def _note_autocast(self, module: nn.Module, args: Any) -> None:
+        kind = next((parameter.device.type for parameter in module.parameters()), "cpu")
+        self.autocast = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else "off"
 
     def learn(self, output: Any) -> Tensor:
         """Note what the last block returns beside its hidden states; returns these."""
         self._tuples = not isinstance(output, Tensor)
         hidden, *sides = output if self._tuples else (output,)
-        self._sides = tuple(sides)
+        self._sides, self.dtype = tuple(sides), hidden.dtype
         return hidden
 
     def _beside(self) -> Iterator[nn.Module]:
         """The modules that neither are in a block nor hold one."""
         inside = {module for block in self._all_blocks for module in block.modules()}
-        for module in self._inner.modules():
+        for module in self.inner.modules():
             if module not in inside and inside.isdisjoint(module.modules()):
                 yield module
 
+    def _around(self) -> Iterator[nn.Module]:
+        """The modules in the model that hold the trunk's blocks: some drop out what goes into them (BART)."""
+        for module in self.inner.modules():
+            if module is not self.inner and module not in self.blocks and self.blocks[-1] in module.modules():
+                yield module
+
     def rest(self) -> None:
-        """Put what runs in the trunk into eval mode: its dropout would make another output each time."""
+        """Put what runs in the trunk into eval mode: its dropout would make another output each time.
+
+        A module that runs in front of the trunk and above it, as the dropout of T5's encoder does, rests in both.
+        """
         for module in self._modules or ():
             module.training = False
 
@@ -86,17 +107,24 @@ class Trunk:
 
         Args:
             features: what `features` gave for the same arguments.
+        Raises:
+            ValueError: the last block of the trunk did not run, and so nothing was put in.
         """
         assert self._sides is not None, "features() was never called"
         sides: list[Any] = [None] * len(self._sides)
         needs_first = any(side is not None for side in self._sides)
+        used = False
 
         def replace(place: int, native: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
+                nonlocal used
                 if place == 0 and needs_first:  # e.g. T5: the first block makes the position bias of all others
                     with torch.no_grad():
                         sides[:] = native(*args, **kwargs)[1:]
-                hidden = features if place == len(self.blocks) - 1 else _input(args, kwargs)
+                if place < len(self.blocks) - 1:
+                    hidden = _input(args, kwargs)
+                else:
+                    hidden, used = features, True
                 return (hidden, *sides) if self._tuples else hidden
 
             return forward
@@ -105,6 +133,11 @@ class Trunk:
             for place, block in enumerate(self.blocks):
                 stack.enter_context(instead_of_forward(block, replace(place, block.forward)))
             yield
+        if not used:
+            raise ValueError(
+                f"block {self.depth} never ran in a pass of {type(self.inner).__name__}, so the stored output was not "
+                "put in. Where it leaves out blocks by chance, set layerdrop to 0 in its config."
+            )
 
 
 def _input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 _NOT_FOR_THE_TRUNK = (
     *("labels", "start_positions", "end_positions", "shift_labels", "next_sentence_label", "num_items_in_batch"),
-    *("return_dict", "use_cache", "logits_to_keep", "output_hidden_states", "output_attentions"),
+    *("return_dict", "use_cache", "logits_to_keep", "output_hidden_states", "output_attentions", "fused_lm_head"),
 )
 """Arguments of a model that change nothing below its head, or are refused elsewhere."""
 
@@ -72,7 +72,8 @@ def rows_of(batch: Mapping[str, Any], *, by_place: bool, encoder_only: bool = Fa
     if mask is not None and mask.ndim != 2:
         mask = None  # who may look at whom: all tokens are kept, and the mask is part of the row
     placed = by_place and "position_ids" not in arrays
-    spans = None if mask is None else [_span(row) for row in mask]
+    spans = None if mask is None else [_span(mask[row if len(mask) > 1 else 0]) for row in range(count)]
+    by_token = {name for name, value in tensors.items() if is_by_token(name, value)}
     start = " ".join(settings).encode()
     keys = []
     for row in range(count):
@@ -82,7 +83,7 @@ def rows_of(batch: Mapping[str, Any], *, by_place: bool, encoder_only: bool = Fa
             digest.update(first.to_bytes(4, "little"))
         for name, array in arrays.items():
             values = array[row if len(array) > 1 else 0]
-            if mask is not None and array.ndim >= 2 and array.shape[1] == mask.shape[1]:
+            if mask is not None and name in by_token and array.ndim >= 2 and array.shape[1] == mask.shape[1]:
                 values = values[first:end]
             digest.update(f"{name}{values.dtype}{values.shape}".encode())
             digest.update(np.ascontiguousarray(values).data)
@@ -104,7 +105,12 @@ def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     return arrays
 
 
+def is_by_token(name: str, value: Tensor) -> bool:
+    """Whether its second dimension may be the tokens': the channels of an image may be as many as these."""
+    return not value.is_floating_point() or name in ("attention_mask", "inputs_embeds")
+
+
 def _span(mask: np.ndarray) -> tuple[int, int]:
-    """From the first to one past the last real token of a row."""
+    """From the first to one past the last real token of a row; all of them where none is real."""
     real = np.flatnonzero(mask)
-    return (int(real[0]), int(real[-1]) + 1) if len(real) else (0, 0)
+    return (int(real[0]), int(real[-1]) + 1) if len(real) else (0, len(mask))

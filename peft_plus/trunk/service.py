@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..errors import MethodError
 from ..layers import Layers, transformers_model
-from .cache import CacheOptions, TrainingData, TrunkCache
+from .cache import CacheOptions, TrunkCache
+from .data import TrainingData
 from .passes import Trunk, trunk_blocks
 
 if TYPE_CHECKING:
@@ -48,6 +49,11 @@ class TrunkService:
         scratch: Path | None,
     ) -> None:
         self._model, self._layers, self._effects, self._data = model, layers, effects, data
+        if options is not None and data.masks_words:
+            raise MethodError(
+                f"trunk_cache stores what the lower blocks make of an example, and {type(data.collator).__name__} "
+                "masks other words of it in each epoch. Leave trunk_cache out."
+            )
         self._cache = None if options is None else TrunkCache(model, layers, options, data=data, scratch=scratch)
         self._lowest = -1
         self._epoch = 0
@@ -70,7 +76,7 @@ class TrunkService:
             self._choose(run, self._cache)
 
     def _choose(self, run: Run, cache: TrunkCache) -> None:
-        ahead = list(self._effects.lowest_ahead(run))
+        ahead = lowest_ahead(self._effects, run)
         filled = cache.options.fill == "before"
         depth = choose_depth(
             ahead, step=run.step, max_steps=run.max_steps, steps_per_epoch=run.steps_per_epoch, filled=filled
@@ -125,11 +131,11 @@ class TrunkService:
             self._last = self._top.learn(output)
 
     @contextmanager
-    def noised(self, delta: Tensor | Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """While this is open, a pass starts from the trunk's output in the last training pass, plus `delta`.
+    def changed(self, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """While this is open, a pass starts from what `change` makes of the trunk's output in the last training pass.
 
         Args:
-            delta: of that output's shape, (rows, tokens, width), or a function from it.
+            change: (rows, tokens, width) → the same shape.
         Raises:
             ValueError: no block is frozen, or no training pass came before.
         """
@@ -139,12 +145,7 @@ class TrunkService:
                 f"there is no trunk to put noise on: {why}. Freeze the lower blocks, e.g. with "
                 '{"freeze": {"blocks": 4}}, or put the noise on the embeddings.'
             )
-        clean = self._last
-        noise = delta if isinstance(delta, Tensor) else delta(clean)
-        if noise.shape != clean.shape:
-            raise ValueError(f"δ has shape {tuple(noise.shape)}, the trunk's output {tuple(clean.shape)}.")
-        noised = (clean.float() + noise.float()).to(clean.dtype)
-        with self.lifted(), self._top.skipping(noised):
+        with self.lifted(), self._top.skipping(change(self._last)):
             yield
 
     @contextmanager
@@ -184,6 +185,22 @@ class TrunkService:
         self._last = None
         if self._cache is not None:
             self._cache.close(finished=finished)
+
+
+def lowest_ahead(effects: Effects, run: Run) -> list[tuple[int, int]]:
+    """(step, lowest depth that trains from there on), from the present on, as far as the plugins can tell ahead.
+
+    It ends with the first at which the lowest block trains: nothing can be served after it.
+    """
+    depths = {param.name: param.depth for param in effects.params}
+    found: list[tuple[int, int]] = []
+    for step, names in effects.schedule(run, run.step, max(run.max_steps, run.step + 1)):
+        lowest = min((depths[name] for name in names), default=run.num_blocks + 2)
+        if not found or found[-1][1] != lowest:
+            found.append((step, lowest))
+        if lowest <= 1 or effects.unforeseen(run.at(step)) is not None:
+            break
+    return found
 
 
 def choose_depth(

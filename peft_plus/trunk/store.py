@@ -2,16 +2,21 @@
 
 A store is a folder. What it was computed from stands in `store.json`; each process that fills it writes segments of its
 own: `<segment>.rows`, the rows one after another, and, once these are safely on disk, `<segment>.index`, their names,
-places and checksums. A segment without an index, or shorter than it says, was torn by a kill and is not used; a row is
-checked against its checksum the first time it is read.
+places and checksums, and of what they are. A segment without an index, or shorter than it says, was torn by a kill and is
+not used; a row is checked against its checksum the first time it is read.
+
+Where two segments hold the same row, a process takes its own, else the oldest, so that a resumed run reads what the
+interrupted one did.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import shutil
+import time
 import uuid
 import zlib
 from collections.abc import Mapping, Sequence
@@ -29,9 +34,16 @@ logger = logging.getLogger(__name__)
 
 _INDEX = np.dtype([("key", f"V{KEY}"), ("start", "<i8"), ("length", "<i4"), ("check", "<u4")])
 _MAGIC = b"peft_plus rows 1\n"
-_BITS: Mapping[torch.dtype, Any] = {torch.float32: np.uint32, torch.bfloat16: np.uint16, torch.float16: np.uint16}
+_BITS: Mapping[torch.dtype, Any] = {
+    torch.float64: np.uint64,
+    torch.float32: np.uint32,
+    torch.bfloat16: np.uint16,
+    torch.float16: np.uint16,
+}
 _SPARE = 64 << 20
 """Bytes that are always left free on the disk."""
+_ABANDONED = 24 * 3600
+"""Seconds after which rows without an index, to which nobody wrote, are taken for those of a killed run."""
 
 
 class FeatureStore:
@@ -40,7 +52,7 @@ class FeatureStore:
     Args:
         folder: its own; made where it is missing.
         identity: what the features depend on, plain values; those of another identity are never read.
-        dtype: in which rows are kept: float32, bfloat16 or float16.
+        dtype: in which rows are kept: float64, float32, bfloat16 or float16.
         limit: bytes it may take on disk; rows past it are not kept.
     Raises:
         OSError: the folder cannot be made or written.
@@ -56,8 +68,11 @@ class FeatureStore:
         self._known: set[str] = set()
         self._bytes = 0
         self._open: _Segment | None = None
+        self._of = hashlib.blake2b(json.dumps(dict(identity), sort_keys=True).encode(), digest_size=8).hexdigest()
+        self._own = f"{_rank():04d}-"  # how the names of this process's segments begin
         self.folder.mkdir(parents=True, exist_ok=True)
         self._claim(dict(identity))
+        self._tidy()
         self.refresh()
 
     def __len__(self) -> int:
@@ -74,26 +89,38 @@ class FeatureStore:
     def _claim(self, identity: dict[str, Any]) -> None:
         """Write down what the features are of; empty the folder where it holds those of something else."""
         file, text = self.folder / "store.json", json.dumps(identity, sort_keys=True, indent=1)
-        if file.is_file() and file.read_text(encoding="utf-8") == text:
-            return
-        stale = [path for path in self.folder.iterdir() if path.suffix in (".rows", ".index", ".json")]
-        if stale:
-            logger.info("The features in %s are of another model or version, and are computed again.", self.folder)
-        for path in stale:
-            path.unlink(missing_ok=True)
+        if file.is_file():
+            if file.read_bytes() == text.encode():
+                return
+            logger.warning("The features in %s are of another model or version, and are computed again.", self.folder)
+            for path in self.folder.iterdir():
+                if path.suffix in (".rows", ".index"):
+                    path.unlink(missing_ok=True)
         part = file.with_name(f"store.{uuid.uuid4().hex}.part")
         part.write_text(text, encoding="utf-8")
         part.replace(file)
 
+    def _tidy(self) -> None:
+        """Delete what a killed run left unfinished; nobody can read it."""
+        for rows in self.folder.glob("*.rows"):
+            try:
+                left = not rows.with_suffix(".index").exists() and time.time() - rows.stat().st_mtime > _ABANDONED
+                if left:
+                    rows.unlink()
+            except OSError:  # another process was faster
+                continue
+
     def refresh(self) -> None:
         """Take in what other processes finished since."""
-        for index in sorted(self.folder.glob("*.index")):
+        for index in sorted(self.folder.glob("*.index"), key=lambda x: (not x.name.startswith(self._own), x.name[5:])):
             if index.stem not in self._known:
                 self._known.add(index.stem)
                 self._take(_Segment.read(index))
 
     def _take(self, segment: _Segment | None) -> None:
-        if segment is None or (self._shape or segment.shape) != segment.shape or segment.dtype != str(self.dtype):
+        if segment is None or segment.of != self._of or segment.dtype != str(self.dtype):
+            return
+        if self._shape not in (None, segment.shape):
             return
         self._shape = segment.shape
         number = len(self._segments)
@@ -113,11 +140,11 @@ class FeatureStore:
         for key, row in zip(keys, rows, strict=True):
             if key in self._where or self.full:
                 continue
-            array = row.detach().to(device="cpu", dtype=self.dtype).contiguous().view(_torch_bits(self.dtype)).numpy()
+            array = self._bits(row)
             if self._shape is None:
                 self._shape = array.shape[1:]
             if self._bytes + array.nbytes > self.limit:
-                self.full = f"it has reached its limit of {_size(self.limit)}"
+                self.full = f"{self.folder} has reached its limit of {self.limit / 1e9:g} GB"
                 break
             try:
                 if self._open is None:
@@ -134,14 +161,20 @@ class FeatureStore:
     def _begin(self, shape: tuple[int, ...]) -> _Segment:
         if shutil.disk_usage(self.folder).free < _SPARE:
             raise OSError(f"the disk of {self.folder} is full")
-        name = uuid.uuid4().hex
+        name = f"{self._own}{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
         self._known.add(name)
-        segment = _Segment(self.folder / f"{name}.rows", shape, str(self.dtype), _BITS[self.dtype])
+        segment = _Segment(self.folder / f"{name}.rows", shape, str(self.dtype), _BITS[self.dtype], self._of)
         segment.create()
         self._segments.append(segment)
         return segment
 
-    def read(self, keys: Sequence[bytes], spans: Sequence[tuple[int, int]] | None, tokens: int | None) -> Tensor | None:
+    def read(
+        self,
+        keys: Sequence[bytes],
+        spans: Sequence[tuple[int, int]] | None,
+        tokens: int | None,
+        otherwise: Sequence[Tensor] | None = None,
+    ) -> Tensor | None:
         """The rows of these names as one batch, zeros where a row has no real token.
 
         A row that does not agree with its checksum is forgotten, to be computed again.
@@ -150,24 +183,31 @@ class FeatureStore:
             keys: the names.
             spans: the places of the real tokens of each row; None where all are.
             tokens: of the batch, with its padding; None: of the first row.
-        Returns: (rows, tokens, …), in `dtype`, on the CPU; None if a row is missing or has another length.
+            otherwise: what to take for a row that is missing, each as for `add`.
+        Returns: (rows, tokens, …), in `dtype`, on the CPU; None if a row is missing.
         """
         arrays = []
-        for key in keys:
+        for place, key in enumerate(keys):
             where = self._where.get(key)
             array = None if where is None else self._segments[where[0]].row(where[1])
+            if array is not None and spans is not None and len(array) != spans[place][1] - spans[place][0]:
+                array = None
             if array is None:
                 self._where.pop(key, None)
-                return None
+                if otherwise is None:
+                    return None
+                array = self._bits(otherwise[place])
             arrays.append(array)
         batch = torch.zeros(len(arrays), tokens or len(arrays[0]), *arrays[0].shape[1:], dtype=self.dtype)
         bits = batch.view(_torch_bits(self.dtype)).numpy()
         for row, array in enumerate(arrays):
             first, end = spans[row] if spans is not None else (0, bits.shape[1])
-            if end - first != len(array):
-                return None
             bits[row, first:end] = array
         return batch
+
+    def _bits(self, row: Tensor) -> np.ndarray:
+        """A row in the dtype of the store, as unsigned integers, which numpy has for every dtype."""
+        return row.detach().to(device="cpu", dtype=self.dtype).contiguous().view(_torch_bits(self.dtype)).numpy()
 
     def seal(self) -> None:
         """Make what was added since safe on disk, for later runs and other processes."""
@@ -198,8 +238,8 @@ class FeatureStore:
 class _Segment:
     """Rows that one process wrote, one after another."""
 
-    def __init__(self, file: Path, shape: tuple[int, ...], dtype: str, bits: Any) -> None:
-        self.file, self.shape, self.dtype, self._bits = file, shape, dtype, bits
+    def __init__(self, file: Path, shape: tuple[int, ...], dtype: str, bits: Any, of: str) -> None:
+        self.file, self.shape, self.dtype, self._bits, self.of = file, shape, dtype, bits, of
         self.size = 0
         self._width = int(np.prod(shape, dtype=np.int64)) * np.dtype(bits).itemsize  # bytes of a token
         self._index: list[tuple[bytes, int, int, int]] = []
@@ -229,7 +269,8 @@ class _Segment:
         os.fsync(self._writer.fileno())
         if not self.file.exists():
             raise FileNotFoundError(f"{self.file} was deleted meanwhile")
-        head = json.dumps({"shape": list(self.shape), "dtype": self.dtype, "size": self.size}).encode() + b"\n"
+        told = {"shape": list(self.shape), "dtype": self.dtype, "size": self.size, "of": self.of}
+        head = json.dumps(told).encode() + b"\n"
         body = np.array([(key, *rest) for key, *rest in self._index], _INDEX).tobytes()
         part = self.file.with_suffix(".part")
         with open(part, "wb") as out:
@@ -253,7 +294,7 @@ class _Segment:
             if file.stat().st_size < told["size"]:
                 raise ValueError("its rows are cut short")
             bits = next(bits for dtype, bits in _BITS.items() if str(dtype) == told["dtype"])
-            segment = cls(file, tuple(told["shape"]), told["dtype"], bits)
+            segment = cls(file, tuple(told["shape"]), told["dtype"], bits, told["of"])
             segment.size, segment._reader = told["size"], open(file, "rb")  # noqa: SIM115 - as in `create`
             table = np.frombuffer(body, _INDEX)
             segment._index = [(bytes(key), int(at), int(n), int(check)) for key, at, n, check in table.tolist()]
@@ -292,9 +333,9 @@ class _Segment:
 
 
 def _torch_bits(dtype: torch.dtype) -> torch.dtype:
-    return {4: torch.uint32, 2: torch.uint16}[dtype.itemsize]
+    return {8: torch.uint64, 4: torch.uint32, 2: torch.uint16}[dtype.itemsize]
 
 
-def _size(count: float) -> str:
-    """Bytes for people."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+def _rank() -> int:
+    here = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_rank() if here else 0
