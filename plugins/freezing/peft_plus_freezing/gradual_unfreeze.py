@@ -1,17 +1,23 @@
-"""Gradual unfreezing (ULMFiT)."""
+"""Gradual unfreezing (ULMFiT), from the top or from the bottom."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from peft_plus import Param, Plugin, Run
 
+from .metric import better, rises, value_of
+
 logger = logging.getLogger(__name__)
+
+_STALL = ("metric", "greater_is_better", "patience", "min_delta")
+"""The settings that go only with `every="stall"`."""
 
 
 @dataclass(kw_only=True)
@@ -19,21 +25,27 @@ class GradualUnfreeze(Plugin):
     """Thaw from the top: the head trains from the start, then one block more at a time, the embeddings last.
 
     Phase p trains the topmost p + 1 depths at which the tuner put something to train (Howard & Ruder 2018,
-    arXiv:1801.06146, §3.3): p = ⌊step / interval⌋, or with `every="stall"` how often the evaluated metric has stopped
-    improving. In an encoder-decoder both stacks thaw in parallel, aligned from the top (Raffel et al. 2020,
-    arXiv:1910.10683, §3.5.1).
+    arXiv:1801.06146, §3.3): p = ⌊step / interval⌋, or how many of the fractions `at` have passed, or with
+    `every="stall"` how often the evaluated metric has stopped improving. In an encoder-decoder both stacks thaw in
+    parallel, aligned from the top (Raffel et al. 2020, arXiv:1910.10683, §3.5.1).
 
     Args:
-        every: the interval between two thaws: `"epoch"`, or a number of optimizer steps ≥ 1; or `"stall"`, then the
-            settings below apply.
+        every: the interval between two thaws: `"epoch"`, or a number of optimizer steps ≥ 1; or `"stall"`, then
+            `metric` and what follows it apply.
+        at: instead of an interval, the fractions of the run at which the next thaw happens, strictly rising between 0
+            and 1.
+        direction: `"top_down"`, or `"bottom_up"`: the embeddings thaw first and the last block last. The head, where
+            there is one, trains from the start in both.
+        blocks: how many depths a thaw brings, ≥ 1.
+        keep: `"all"`: what was thawed trains on; `"newest"`: only the newest depths do, and the head.
         metric: name of the metric, with or without the Trainer's `eval_`.
         greater_is_better: its direction; None: lower is better where the name contains "loss", higher elsewhere.
         patience: how many evaluations in a row without an improvement let the next depth thaw, ≥ 1.
         min_delta: what counts as an improvement: better than the best so far by more than this, in the metric's units,
             ≥ 0.
     Raises:
-        ValueError: a setting is out of its range, or goes only with `every="stall"`; `every` is `"epoch"` and the data
-            has no length; an evaluation does not hold the metric.
+        ValueError: a setting is out of its range, or goes only with another one; there are fewer depths than `blocks`
+            or `at` ask for; `every` is `"epoch"` and the data has no length; an evaluation does not hold the metric.
     """
 
     name: ClassVar[str] = "gradual_unfreeze"
@@ -41,6 +53,10 @@ class GradualUnfreeze(Plugin):
     needs: ClassVar[tuple[str, ...]] = ("layers",)
 
     every: Literal["epoch", "stall"] | int = "epoch"
+    at: Sequence[float] | None = None
+    direction: Literal["top_down", "bottom_up"] = "top_down"
+    blocks: int = 1
+    keep: Literal["all", "newest"] = "all"
     metric: str = "eval_loss"
     greater_is_better: bool | None = None
     patience: int = 1
@@ -57,22 +73,52 @@ class GradualUnfreeze(Plugin):
     def __post_init__(self) -> None:
         if isinstance(self.every, int) and self.every < 1:
             raise ValueError(f"every={self.every!r}: give 'epoch', 'stall' or a number of optimizer steps ≥ 1.")
+        if self.at is not None:
+            _check_fractions(self.at)
+        if self.at and self.every != "epoch":
+            raise ValueError(f"every={self.every!r} and at={self.at!r} both say when to thaw. Give one of them.")
+        if self.blocks < 1:
+            raise ValueError(f"blocks={self.blocks}: give a number of depths ≥ 1.")
         if self.patience < 1:
             raise ValueError(f"patience={self.patience}: give a number of evaluations ≥ 1.")
         if not (math.isfinite(self.min_delta) and self.min_delta >= 0):
             raise ValueError(f"min_delta={self.min_delta}: give a finite number ≥ 0.")
+        if self.keep == "newest":  # only then does anything rest that has trained, and it never trains again
+            vars(self)["on_freeze"] = "drop_state"
         for f in dataclasses.fields(self):
-            if f.init and f.name != "every" and self.every != "stall" and getattr(self, f.name) != f.default:
+            if f.name in _STALL and self.every != "stall" and getattr(self, f.name) != f.default:
                 raise ValueError(f"{f.name}={getattr(self, f.name)!r} goes only with every='stall'.")
 
+    def on_build(self, run: Run) -> None:
+        depths = len(run.depths)
+        if self.blocks > depths:
+            raise ValueError(f"blocks={self.blocks}, but this model trains at {depths} depths. Give {depths} or fewer.")
+        thaws = len(self._groups(run)) - 1
+        if self.at and len(self.at) > thaws:
+            raise ValueError(
+                f"at={self.at!r} holds {len(self.at)} thaws, but after the first phase only {thaws} are left. Drop "
+                f"{len(self.at) - thaws}."
+            )
+
     def may_train(self, run: Run, param: Param) -> bool:
-        return param.depth in thawed(run.depths, self._phase(run))
+        return param.depth in thawed(
+            run.depths,
+            self._phase(run),
+            direction=self.direction,
+            blocks=self.blocks,
+            keep=self.keep,
+            head=_head(run),
+        )
 
     def next_change(self, run: Run) -> int | None:
         phase = self._phase(run) + 1
-        if phase >= len(run.depths):
+        if phase >= len(self._groups(run)):
             return None
-        return NotImplemented if self.every == "stall" else phase * self._interval(run)
+        if self.every == "stall":
+            return NotImplemented
+        if self.at:
+            return next((step for step in thaw_steps(self.at, run.max_steps) if step > run.step), None)
+        return phase * self._interval(run)
 
     def on_step_end(self, run: Run) -> None:
         if self.every != "stall":
@@ -81,7 +127,7 @@ class GradualUnfreeze(Plugin):
             self.phase, self.best, self.waited, self.judged = 0, None, 0, None
         if run.last_evaluation_step is not None and run.last_evaluation_step != self.judged:
             self.judged = run.last_evaluation_step
-            self._judge(self._value(run.last_metrics))
+            self._judge(value_of(run.last_metrics, self.metric))
         if run.step == run.max_steps and self.judged is None:
             logger.warning(
                 "gradual_unfreeze(every='stall') saw no evaluation in these %d steps, so nothing was thawed: set "
@@ -91,29 +137,22 @@ class GradualUnfreeze(Plugin):
 
     def _judge(self, value: float) -> None:
         """Take one more evaluation into account."""
-        known = not math.isnan(value)
-        if known and (self.best is None or gain(value, self.best, greater_is_better=self._greater()) > self.min_delta):
+        rising = rises(self.metric, self.greater_is_better)
+        if better(value, self.best, greater_is_better=rising, min_delta=self.min_delta):
             self.best, self.waited = value, 0
         else:
             self.waited += 1
         if self.waited >= self.patience:
             self.phase, self.waited = self.phase + 1, 0
 
-    def _greater(self) -> bool:
-        return "loss" not in self.metric.lower() if self.greater_is_better is None else self.greater_is_better
-
-    def _value(self, metrics: Mapping[str, float]) -> float:
-        for name in (self.metric, f"eval_{self.metric}"):
-            if name in metrics:
-                return float(metrics[name])
-        raise ValueError(
-            f"the evaluation has no {self.metric!r}, only {', '.join(sorted(metrics)) or 'nothing'}: set metric= to "
-            "one of them, or let compute_metrics return it."
-        )
+    def _groups(self, run: Run) -> list[Sequence[int]]:
+        return thaw_order(run.depths, direction=self.direction, blocks=self.blocks, head=_head(run))
 
     def _phase(self, run: Run) -> int:
         if self.every == "stall":
             return self.phase if run.step else 0  # before the first step the state may still be that of another stage
+        if self.at:
+            return sum(step <= run.step for step in thaw_steps(self.at, run.max_steps))
         return run.step // self._interval(run)
 
     def _interval(self, run: Run) -> int:
@@ -124,16 +163,56 @@ class GradualUnfreeze(Plugin):
         return run.steps_per_epoch
 
 
-def thawed(depths: Sequence[int], phase: int) -> Sequence[int]:
-    """The depths that train in a phase.
+def thaw_order(
+    depths: Sequence[int], *, direction: str = "top_down", blocks: int = 1, head: int | None = None
+) -> list[Sequence[int]]:
+    """The groups of depths that thaw one after the other; the first trains from the start.
 
     Args:
         depths: where something may train, from the top down.
-        phase: 0, 1, 2, …; phases past the last leave everything thawed.
+        direction: `top_down` or `bottom_up`.
+        blocks: depths in a group, ≥ 1; the last one may hold fewer.
+        head: the depth of the head, which is a group of its own and comes first.
     """
-    return depths[: phase + 1]
+    rest = [depth for depth in depths if depth != head]
+    if direction == "bottom_up":
+        rest.reverse()
+    groups = [rest[i : i + blocks] for i in range(0, len(rest), blocks)]
+    return [[head], *groups] if head is not None and head in depths else [*groups]
 
 
-def gain(value: float, best: float, *, greater_is_better: bool) -> float:
-    """By how much `value` is better than `best`, in the metric's units; negative where it is worse."""
-    return value - best if greater_is_better else best - value
+def thawed(
+    depths: Sequence[int],
+    phase: int,
+    *,
+    direction: str = "top_down",
+    blocks: int = 1,
+    keep: str = "all",
+    head: int | None = None,
+) -> Sequence[int]:
+    """The depths that train in a phase.
+
+    Args:
+        depths, direction, blocks, head: see `thaw_order`.
+        phase: 0, 1, 2, …; phases past the last are like it.
+        keep: `all`: what was thawed trains on; `newest`: only the newest group does, and the head.
+    """
+    groups = thaw_order(depths, direction=direction, blocks=blocks, head=head)[: phase + 1]
+    if keep == "newest":
+        groups = [group for group in groups[:-1] if head in group] + groups[-1:]
+    return [depth for group in groups for depth in group]
+
+
+def thaw_steps(fractions: Sequence[float], max_steps: int) -> list[int]:
+    """The steps at which the fractions of a run have passed: ⌈fraction · max_steps⌉, without errors of rounding."""
+    return [math.ceil(fraction * max_steps - 1e-9) for fraction in fractions]
+
+
+def _head(run: Run) -> int:
+    return run.num_blocks + 1
+
+
+def _check_fractions(at: Any) -> None:
+    numbers = isinstance(at, (list, tuple)) and all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in at)
+    if not (at and numbers) or not all(0 < x < 1 for x in at) or any(a >= b for a, b in itertools.pairwise(at)):
+        raise ValueError(f"at={at!r}: give a list of fractions of the run, strictly rising, each > 0 and < 1.")
