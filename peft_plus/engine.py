@@ -67,6 +67,7 @@ class Engine:
         self._refused = ""  # why no weights may be kept at all
         self._measured = False  # by an evaluation that plugins were not told of
         self.trunk: TrunkService | None = None
+        self._trunk_state: Mapping[str, int] | None = None
         self._finished = False
         self._watch: proof.Engagement | None = None
         self._restore_rates: Callable[[], None] | None = None
@@ -168,7 +169,7 @@ class Engine:
             data=data,
             scratch=scratch,
         )
-        self.trunk.step_begin(self.run)
+        self.trunk.begin(self.run, self._trunk_state)
 
     def _check_states(self) -> None:
         """Raise PluginError where a plugin's state could not be saved: now rather than at the first checkpoint."""
@@ -327,11 +328,19 @@ class Engine:
             self._measured = False
             self._tell("on_evaluate")
 
+    def seal(self, beside: Path | None = None) -> None:
+        """When a checkpoint is written, on every process: what it will need lies on the disk.
+
+        Args:
+            beside: a folder beside the checkpoints, where the loop gave `begin` none.
+        """
+        if self.trunk is not None:
+            self.trunk.seal(beside)
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of this stage, and of how the ones before went, as plain values and tensors."""
-        if self.trunk is not None:
-            self.trunk.seal()
         return {
+            "trunk": None if self.trunk is None else self.trunk.state_dict(),
             "plugins": {p.name: dict(ask(p, "state_dict")) for p in self.plan.active(self.stage)},
             "last_metrics": dict(self.run.last_metrics),
             "last_evaluation_step": self.run.last_evaluation_step,
@@ -362,8 +371,9 @@ class Engine:
             ask(plugins[name], "load_state_dict", own)
         self._last_metrics = dict(state["last_metrics"])
         self._last_evaluation_step = state["last_evaluation_step"]
-        self._stop_reasons = list(state["stop_reasons"])
-        self.weights.kept = state["kept"]
+        self._trunk_state = state.get("trunk")
+        self._stop_reasons = list(state.get("stop_reasons", ()))  # earlier versions knew of neither
+        self.weights.kept = state.get("kept", {})
         self.plan.timeline[:] = [
             Change(stage, step, max_steps, frozenset((depth, part) for depth, part in groups))
             for stage, step, max_steps, groups in state["timeline"]
@@ -402,7 +412,8 @@ class Engine:
         """Give the model back as `get_model` made it: every parameter of the plan trainable."""
         self._restore_graph()
         if self.trunk is not None:
-            self.trunk.close(finished=self._finished)
+            # Who stopped it by a callback may go on later.
+            self.trunk.close(finished=self._finished and (self.run.step >= self.run.max_steps or self.stopped))
             self.trunk = None
         self.effects.close()
 

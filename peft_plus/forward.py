@@ -1,4 +1,4 @@
-"""A second pass of the model, perturbed where a plugin asks."""
+"""A second pass of the model, perturbed where a plugin asks, or with other weights."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .layers import transformers_model
 
@@ -28,22 +29,29 @@ def second_pass(
     batch: Mapping[str, Any],
     perturb: Mapping[str, Tensor | Callable[[Tensor], Tensor]],
     trunk: TrunkService | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Any:
-    """Run `model` over `batch` again, adding noise inside. See `Run.forward`.
+    """Run `model` over `batch` again, adding noise inside or with other weights. See `Run.forward`.
 
     Args:
-        trunk: keeps the output of the frozen lower blocks, where the run has any.
+        trunk: keeps the output of the frozen lower blocks, where the run has any. With `weights` it must be that of
+            the same batch.
     """
     unknown = sorted(set(perturb) - set(PLACES))
     if unknown:
         raise ValueError(f"There is no place called {unknown[0]!r} to perturb; known: {', '.join(map(repr, PLACES))}.")
     if len(perturb) > 1:
         raise ValueError("Noise in the embeddings changes the trunk's output: perturb one place in a pass.")
+    if perturb and weights is not None:
+        raise ValueError("A pass is perturbed or has other weights, not both.")
     kwargs = _without_labels(model, batch)
+    if weights is not None:
+        return _pass_with(model, kwargs, weights, trunk)
     # `forward`, not `__call__`: Accelerate's autocast wraps `forward`, and hooks of the first pass must not run twice.
     if "trunk" in perturb:
         if trunk is None:
             raise ValueError("There is no trunk to perturb outside of a training step.")
+        trunk.check_stays()
         with trunk.changed(_Noise(perturb["trunk"], "the trunk's output").add):
             return model.forward(**kwargs)
     if not perturb:
@@ -61,6 +69,38 @@ def second_pass(
             "`inputs_embeds` itself. Give `input_ids`."
         )
     return output
+
+
+def _pass_with(
+    model: nn.Module, kwargs: Mapping[str, Any], weights: Mapping[str, Tensor], trunk: TrunkService | None
+) -> Any:
+    """A pass with other weights, without gradient."""
+    own = dict(model.named_parameters())
+    unknown = [name for name in weights if name not in own]
+    if unknown:
+        raise ValueError(f"The model has no parameter called {unknown[0]!r}, to compute with another value of it.")
+    if any(isinstance(own[name], DTensor) or hasattr(own[name], "ds_id") for name in weights):
+        raise ValueError(
+            "A pass with other weights needs a model that is whole on each process, and FSDP or DeepSpeed ZeRO-3 split "
+            "this one. Use DDP."
+        )
+    others = {f"model.{name}": other.to(own[name].device, own[name].dtype) for name, other in weights.items()}
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if trunk is not None and trunk.also_of(weights):
+            stack.enter_context(trunk.changed(lambda output: output))
+        return torch.func.functional_call(_Forward(model), others, (), dict(kwargs))
+
+
+class _Forward(nn.Module):
+    """A model's `forward` as a module, so that `functional_call` runs that and not the model's hooks."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **kwargs: Any) -> Any:
+        return self.model.forward(**kwargs)
 
 
 class FirstPass:

@@ -236,7 +236,7 @@ class Bridge(SealedCheckpoints, Safeguards, TrainerLoss, _Trainer):
             processes=self.accelerator.num_processes,
             watch=not self.is_deepspeed_enabled,  # which updates inside the backward, and copies of its own
             data=self._training_data(),
-            scratch=Path(self.args.output_dir or ".") / "trunk",
+            scratch=Path(self.args.output_dir or ".") / "_trunk",  # a name that the Trainer never uploads
         )
         self._stop_if_told()  # before the checkpoint that it goes on from
 

@@ -183,6 +183,7 @@ FIRST_PARTY: Mapping[str, str] = {
     "trunk_cache": "peft-plus-freezing",
     "llrd": "peft-plus-stability",
     "r3f": "peft-plus-stability",
+    "smart": "peft-plus-stability",
     "lp_ft": "peft-plus-probing",
     "length_buckets": "peft-plus-incremental",
 }

@@ -86,7 +86,11 @@ class Run:
         return self.step // self.steps_per_epoch if self.steps_per_epoch else 0
 
     def forward(
-        self, batch: Mapping[str, Any], *, perturb: Mapping[str, Tensor | Callable[[Tensor], Tensor]] | None = None
+        self,
+        batch: Mapping[str, Any],
+        *,
+        perturb: Mapping[str, Tensor | Callable[[Tensor], Tensor]] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> Any:
         """One more pass of the model over `batch`, in the same autocast and train mode as the first.
 
@@ -96,13 +100,20 @@ class Run:
                 output of the highest block below all that trains now, which is not computed again but shared with the
                 pass before. δ has that output's shape, e.g. (batch, tokens, width), or is a function from that output
                 to δ.
+            weights: name of a parameter → tensor to compute with in its place, on any device and in any dtype; there
+                is no gradient then. Where they agree with the model's own up to the highest frozen block, its output
+                is shared with the pass before.
         Returns: the model's output.
         Raises:
-            ValueError: the place to perturb is unknown, was never reached, or δ is lost in the embeddings' dtype.
+            ValueError: the place to perturb is unknown, was never reached, or δ is lost in the embeddings' dtype; a
+                name in `weights` is unknown, or the model is split over processes.
         """
         from .forward import second_pass
 
-        return second_pass(self.model, batch, perturb or {}, self.trunk)
+        trunk = self.trunk
+        if weights is not None and batch is not self.batch:
+            trunk = None  # it keeps that of the micro-batch at work
+        return second_pass(self.model, batch, perturb or {}, trunk, weights)
 
     def generator(self, *key: int | str, device: Any = "cpu") -> Generator:
         """A random stream that depends only on the seed, the stage, the step and `key`.

@@ -187,6 +187,8 @@ class SealedCheckpoints(RepeatableData):
         folder = run_dir / f"checkpoint-{self.state.global_step}"
         with writing(run_dir, folder):
             self._on_savers(lambda: unseal(folder))
+            if self._engine is not None:
+                self._engine.seal()
             limit, self.args.save_total_limit = self.args.save_total_limit, None  # nothing goes before this is sealed
             self._saving = True
             try:
@@ -211,6 +213,8 @@ class SealedCheckpoints(RepeatableData):
     def _tune_save_checkpoint(self, checkpoint_dir: str) -> None:
         folder = Path(checkpoint_dir, f"checkpoint-{self.state.global_step}")
         unseal(folder)
+        if self._engine is not None:
+            self._engine.seal()
         self.save_model(str(folder), _internal_call=True)
         if self.args.should_save:
             self.state.stateful_callbacks["TrainerControl"] = self.control.state()

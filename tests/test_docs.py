@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 
 from peft_plus import LossTerm, Param, Plugin, Run, registry
-from peft_plus.describe import cards
+from peft_plus.cards import Card, card_of
 from peft_plus.plugin import HOOKS, NEEDS
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("plugins/*/README.md"))]
+READMES = sorted(ROOT.glob("plugins/*/README.md"))
+CARDS = sorted(ROOT.glob("plugins/*/*/cards/*.md"))
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *READMES, *CARDS]
 CONTRACT = (ROOT / "docs" / "contract.md").read_text(encoding="utf-8")
 PLUGINS = {name: registry.load(registry.entries("plugin")[name]) for name in registry.FIRST_PARTY}
 HEADINGS = [
@@ -184,9 +186,12 @@ def test_everything_a_hook_is_given_is_documented(cls: type) -> None:
 # ---- cards ---------------------------------------------------------------------------------------------------------
 
 
+def found(name: str) -> Card:
+    return card_of(registry.entries("plugin")[name])
+
+
 def card(name: str) -> dict[str, str]:
-    area = registry.FIRST_PARTY[name].removeprefix("peft-plus-")
-    return cards((ROOT / "plugins" / area / "README.md").read_text(encoding="utf-8"))[name]
+    return found(name).texts
 
 
 def test_every_plugin_of_this_repository_is_known() -> None:
@@ -194,6 +199,15 @@ def test_every_plugin_of_this_repository_is_known() -> None:
     mine = {n: e.distribution for n, e in registry.entries("plugin").items() if e.target.startswith("peft_plus_")}
     here = {f"peft-plus-{folder.name}" for folder in ROOT.glob("plugins/*") if (folder / "pyproject.toml").is_file()}
     assert {n: home for n, home in mine.items() if home in here} == dict(registry.FIRST_PARTY)
+
+
+def test_every_card_is_found_under_its_title_and_linked_from_the_readme() -> None:
+    assert sorted(CARDS) == sorted(Path(found(name).place) for name in PLUGINS)
+    for path in CARDS:
+        package = path.parent.parent
+        readme = (package.parent / "README.md").read_text(encoding="utf-8")
+        assert path.read_text(encoding="utf-8").startswith(f"# {path.stem}\n\n## Claim\n")
+        assert f"| [`{path.stem}`]({package.name}/cards/{path.name}) |" in readme
 
 
 @pytest.mark.parametrize("name", PLUGINS)
@@ -205,14 +219,17 @@ def test_card_has_every_heading_and_text_below_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", PLUGINS)
 def test_settings_of_a_card_are_those_of_the_class(name: str) -> None:
-    rows = re.findall(r"^\| `(\w+)` \| `(.*?)` \| (.+?) \|$", card(name)["Settings"], re.MULTILINE)
-    assert {setting: ast.literal_eval(default) for setting, default, _ in rows} == PLUGINS[name]().settings()
+    rows = re.findall(r"^\| `(\w+)` \| (?:`(.*?)`|required) \| (.+?) \|$", card(name)["Settings"], re.MULTILINE)
+    fields = [field for field in dataclasses.fields(PLUGINS[name]) if field.init]
+    defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+    assert {setting for setting, _, _ in rows} == {field.name for field in fields}
+    assert {setting: ast.literal_eval(default) for setting, default, _ in rows if default} == defaults
 
 
 @pytest.mark.parametrize("name", PLUGINS)
 def test_card_cites_what_the_class_cites(name: str) -> None:
     papers = re.findall(r"arXiv:[\d.]*\d", PLUGINS[name].source)
-    assert papers
+    assert papers or card(name)["Source"].startswith("No paper.")
     assert [paper for paper in papers if paper not in card(name)["Source"]] == []
 
 

@@ -17,7 +17,7 @@ def test_a_plan_prints_what_will_and_what_did_happen(tmp_path):
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     before = str(model.peft_plus)
     assert f"lora on BertForSequenceClassification, task SEQ_CLS: {parameters:,} parameters in 14 tensors" in before
-    assert "gradual_unfreeze(every=1, metric=" in before
+    assert "gradual_unfreeze(every=1, " in before
     assert "llrd(decay=0.95)" in before
     assert "stages: probe (head), train (all)" in before
     data = batch("bert")

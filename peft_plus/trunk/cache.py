@@ -1,7 +1,8 @@
 """One model's training passes, served from a store: features are looked up, or computed and stored.
 
 What is served is never wrong: the first batch is run both ways and compared, and a store is found again only by a
-fingerprint of all that it was computed from.
+fingerprint of all that it was computed from. What a pass gets is always what the store holds, also when it was computed
+for this very pass, so that a resumed run, whose store may hold more, gets the same.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import hashlib
 import inspect
 import json
 import logging
+import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -28,15 +31,13 @@ from ..layers import Layers, transformers_model
 from ..random_state import rng_state, set_rng_state
 from .data import TrainingData
 from .identity import identity
-from .passes import Trunk, eval_mode
+from .passes import Trunk
 from .rows import Rows, UnknownRows, rows_of
-from .store import FeatureStore
+from .space import check_space
+from .store import FeatureStore, rank
+from .trial import WITHOUT, check_alone, check_model, check_pass, compare, far, moves
 
 logger = logging.getLogger(__name__)
-
-_CLOSE = 1e-4
-"""How far outputs computed with stored features may lie from those computed without, relative to their size. On one
-machine and in one dtype they are equal to the last bit; a store in bf16 is not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +66,10 @@ class TrunkCache:
         model: as built, not wrapped.
         layers: where its parameters lie.
         options: what the plugin asked for.
-        scratch: where a store goes that nobody named a folder for; None: a temporary folder.
+        scratch: where a store goes that nobody named a folder for, of its own; None: a temporary folder.
         data: what the loop knows of it.
+    Raises:
+        MethodError: the model cannot be served, or the folder cannot be written.
     """
 
     def __init__(
@@ -84,15 +87,20 @@ class TrunkCache:
         self._data = data
         self._temporary = options.folder is None and scratch is None
         self._kept = options.folder is not None
-        self._base = Path(options.folder or scratch or tempfile.mkdtemp(prefix="peft_plus_trunk_"))
+        self._base = _writable(Path(options.folder)) if options.folder else scratch or _temporary()
         self._native: Callable[..., Any] = self._inner.forward
         self._signature = inspect.signature(self._native)
         self._encoder_only = bool(getattr(self._inner.config, "is_encoder_decoder", False))
         self._trunk: Trunk | None = None
         self._store: FeatureStore | None = None
-        self._lifted = False
+        self._what: dict[str, Any] = {}  # what the store is of
+        self._weights: list[Tensor] = []  # of the trunk
+        self._versions: list[tuple[int, int]] = []
+        self._left: dict[Path, int] = {}  # stores of other blocks → checkpoints begun since
+        self._lifted = self._filling = self._gave_up = False
         self._compared = False
         self._by_place: bool | None = None  # whether padding on the left moves positions; None: not known yet
+        self._passes = 0  # whole ones over the data
         self._served, self._computed = 0, 0  # rows since the last look
         self._install()
 
@@ -103,38 +111,55 @@ class TrunkCache:
         """The depth up to which passes are served, 0 for none."""
         return self._trunk.depth if self._trunk is not None else 0
 
-    def serve(self, depth: int) -> None:
-        """From now on store and look up the output of block `depth`; 0 for none."""
+    def serve(self, depth: int, *, whole: bool = True) -> None:
+        """From now on store and look up the output of block `depth`; 0 for none.
+
+        Args:
+            whole: whether a pass over the data begins now.
+        """
         if depth == self.depth:
             return
         self._drop()
-        if depth:
-            self._trunk = Trunk(self.model, self.layers, depth)
-            self._compared = False
+        self._trunk = Trunk(self.model, self.layers, depth) if depth else None
+        self._weights = [t for n, t in self.model.named_parameters() if self.layers.depth.get(n, depth + 1) <= depth]
+        self._compared, self._passes = False, 0 if whole else -1
 
     def _drop(self) -> None:
-        if self._store is not None:
-            self._store.close(remove=not self._kept)
-        self._trunk, self._store = None, None
+        """Let go of the store. One beside checkpoints stays until no run is likely to go on from one that needs it."""
+        store, self._store = self._store, None
+        if store is not None:
+            store.close(remove=self._temporary)
+            if not self._kept and not self._temporary:
+                self._left[store.folder] = 0
 
     def rest(self) -> None:
         """Once the model is in train mode: what runs in the trunk stays in eval mode."""
         if self._trunk is not None:
             self._trunk.rest()
 
-    def epoch_ends(self, finished: int) -> None:
-        """Between two passes over the data. Every process must call it.
-
-        Args:
-            finished: passes.
-        """
-        if self._store is None:
+    def step_begins(self) -> None:
+        """Look whether somebody changed the trunk's weights, as when earlier ones are put back."""
+        if self._trunk is None or self._store is None or self._state_of_weights() == self._versions:
             return
-        self._store.seal()
-        gather(None)  # the others have sealed theirs
-        self._store.refresh()
-        served, self._served, computed, self._computed = self._served, 0, self._computed, 0
-        if finished >= 2 and computed > served and self._store.full is None:
+        self._versions = self._state_of_weights()
+        if self._identity(self._trunk) != self._what:
+            logger.warning("The frozen blocks 1 to %d were changed, so their output is stored anew.", self.depth)
+            depth, self._trunk = self.depth, None
+            self.serve(depth, whole=False)
+
+    def _state_of_weights(self) -> list[tuple[int, int]]:
+        return [(tensor.data_ptr(), tensor._version) for tensor in self._weights]
+
+    def epoch_ends(self) -> None:
+        """Between two passes over the data. Every process must call it."""
+        if self._trunk is None or self._gave_up:
+            return
+        self._share()
+        told = gather((self._served, self._computed, self._store is not None and self._store.full is not None))
+        self._served, self._computed = 0, 0
+        self._passes += 1
+        served, computed = sum(row[0] for row in told), sum(row[1] for row in told)
+        if self._passes >= 2 and computed > served and not any(row[2] for row in told):
             logger.warning(
                 "%d of %d examples of this epoch were never seen before, so storing their features saves nothing: the "
                 "data change from epoch to epoch (augmentation, masking, packing anew). Training goes on as ever, "
@@ -142,19 +167,58 @@ class TrunkCache:
                 computed,
                 served + computed,
             )
+            self._gave_up = True
             self._drop()
 
-    def seal(self) -> None:
-        """Make what was stored safe, as when a checkpoint is written: a resumed run must find the same bits."""
+    def _share(self) -> None:
+        """Let the processes find what the others have stored."""
         if self._store is not None:
             self._store.seal()
+        gather(None)  # the others have sealed theirs
+        if self._store is not None:
+            self._store.refresh()
+
+    def seal(self) -> None:
+        """Make what was stored safe, when a checkpoint begins: a resumed run must find the same bits.
+
+        Every process must call it: each has stored what it has seen.
+        """
+        if self._store is not None:
+            self._store.seal()
+        for folder, checkpoints in list(self._left.items()):
+            if checkpoints:  # one was finished since, and does not need it
+                shutil.rmtree(folder, ignore_errors=True)
+                del self._left[folder]
+            else:
+                self._left[folder] = 1
+
+    def move(self, folder: Path) -> None:
+        """Keep a temporary store beside checkpoints from now on. Every process must call it, once it has sealed.
+
+        Args:
+            folder: of its own.
+        """
+        if not self._temporary:
+            return
+        gather(None)  # all have sealed
+        if self._store is not None:
+            self._store.folder = folder / self._store.folder.name
+        before, self._base, self._temporary = self._base, folder, False
+        if rank() == 0 and before.is_dir():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.move(before, folder)
+        gather(None)
 
     def close(self, *, finished: bool) -> None:
         """Give the model back. Where nobody named a folder, the store goes too once the run has `finished`."""
         if self._store is not None:
-            self._store.close(remove=not self._kept and (finished or self._temporary))
-        if self._temporary:
+            self._store.close()
+        if not self._kept and (finished or self._temporary):
             shutil.rmtree(self._base, ignore_errors=True)
+        elif not self._kept and self._base.is_dir():
+            with suppress(OSError):
+                self._base.rmdir()  # nothing was stored
         self._trunk, self._store = None, None
         if vars(self._inner).get("forward") is self._forward_in_place:
             if self._own_forward is None:
@@ -168,17 +232,28 @@ class TrunkCache:
         """In place of the model's `forward`, which PEFT calls past all hooks."""
 
         @functools.wraps(self._native)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if self._trunk is None or self._lifted or not torch.is_grad_enabled() or not self._inner.training:
+        def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if module is not self._inner:  # a copy of the model, which took this along
+                return type(module).forward(module, *args, **kwargs)
+            trunk = self._trunk
+            training = torch.is_grad_enabled() and self._inner.training
+            if trunk is None or self._lifted or self._gave_up or not (training or self._filling):
                 return self._native(*args, **kwargs)
             given = self._named(args, kwargs)
-            features = self._features(self._trunk, given)
-            with self._trunk.skipping(features):
+            check_pass(given)
+            if self._filling:
+                return self._fill_with(trunk, given)
+            features = self._features(trunk, given)
+            trunk.rest()  # which modules these are is known only now, after the first time
+            with trunk.skipping(features):
                 return self._native(**given)
 
+        module = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        signature = self._signature.replace(parameters=[module, *self._signature.parameters.values()])
+        forward.__signature__ = signature  # type: ignore[attr-defined]
         self._own_forward = vars(self._inner).get("forward")
-        self._forward_in_place = forward
-        self._inner.forward = forward
+        self._forward_in_place = MethodType(forward, self._inner)
+        self._inner.forward = self._forward_in_place
 
     def _named(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """All arguments by name."""
@@ -190,18 +265,24 @@ class TrunkCache:
 
     def fill(self) -> None:
         """Compute and store what the data hold, before training. Every process must call it."""
-        assert self._trunk is not None
-        trunk, random = self._trunk, rng_state()
-        for batch in self._data.batches():
-            given = self._named((), {k: v for k, v in batch.items() if k in self._signature.parameters})
-            rows = self._rows(trunk, given)
-            if self._store is None or any(key not in self._store for key in rows.keys):
-                self._compute(trunk, rows, given)
-        self.epoch_ends(0)
+        random, self._filling = rng_state(), True
+        try:
+            with torch.no_grad():
+                for batch in self._data.batches():
+                    # Through all that wraps the model, e.g. in autocast, and adds arguments.
+                    self.model.forward(**{k: v for k, v in batch.items() if k in self._signature.parameters})
+        finally:
+            self._filling = False
+        self._share()
         set_rng_state(random)  # training draws what it would have drawn
 
+    def _fill_with(self, trunk: Trunk, given: Mapping[str, Any]) -> None:
+        rows = self._rows(trunk, given)
+        if self._store is None or any(key not in self._store for key in rows.keys):
+            self._compute(trunk, rows, given)
+
     @contextmanager
-    def lifted(self) -> Iterator[None]:
+    def lifted(self) -> Generator[None]:
         """Passes run the trunk themselves for a while, e.g. with noise in the embeddings."""
         before, self._lifted = self._lifted, True
         try:
@@ -210,107 +291,65 @@ class TrunkCache:
             self._lifted = before
 
     def _features(self, trunk: Trunk, given: Mapping[str, Any]) -> Tensor:
-        """The trunk's output for a batch: stored, or computed and stored now."""
-        check_pass(given)
+        """The trunk's output for a batch, as it is stored; computed and stored now where it is not."""
         rows = self._rows(trunk, given)
-        stored = self._look_up(rows, given) if self._compared else None
-        if stored is not None:
-            return stored
+        if self._compared:
+            stored = self._read(rows, given)
+            if stored is not None:
+                self._served += len(rows.keys)
+                return stored
         features = self._compute(trunk, rows, given)
+        stored = self._read(rows, given, _real_tokens(rows, features))
+        assert stored is not None
         if not self._compared:
-            stored = self._look_up(rows, given)
-            self._compare(trunk, given, features if stored is None else stored)
+            compare(self.model, self._native, trunk, given)
+            check_alone(self._native, trunk, given, rows, features)
+            self._check_stored(rows, features, stored)
             self._compared = True
-        return features if stored is None else stored
+        return stored
 
     def _rows(self, trunk: Trunk, given: Mapping[str, Any]) -> Rows:
+        mask = given.get("attention_mask")
+        if self._by_place is None and isinstance(mask, Tensor) and 2 <= mask.dim() <= 3 and not mask[..., 0].all():
+            self._by_place = moves(self._native, trunk, given, mask)
         try:
-            return rows_of(given, by_place=self._moves(trunk, given), encoder_only=self._encoder_only)
+            return rows_of(given, by_place=bool(self._by_place), encoder_only=self._encoder_only)
         except UnknownRows as error:
-            raise MethodError(f"trunk_cache cannot tell the examples of a batch apart: {error}. {_WITHOUT}") from None
+            raise MethodError(f"trunk_cache cannot tell the examples of a batch apart: {error}. {WITHOUT}") from None
 
-    def _look_up(self, rows: Rows, given: Mapping[str, Any]) -> Tensor | None:
+    def _read(self, rows: Rows, given: Mapping[str, Any], otherwise: Sequence[Tensor] | None = None) -> Tensor | None:
         assert self._store is not None
-        if any(key not in self._store for key in rows.keys):
-            return None
-        batch = self._store.read(rows.keys, rows.spans, self._width(rows, given))
-        if batch is None:
-            return None
-        self._served += len(rows.keys)
-        return batch.to(self._device, self._dtype)
-
-    @staticmethod
-    def _width(rows: Rows, given: Mapping[str, Any]) -> int | None:
-        return None if rows.spans is None else int(given["attention_mask"].shape[-1])
+        width = None if rows.spans is None else int(given["attention_mask"].shape[-1])
+        batch = self._store.read(rows.keys, rows.spans, width, otherwise)
+        return None if batch is None else batch.to(self._device, self._dtype)
 
     def _compute(self, trunk: Trunk, rows: Rows, given: Mapping[str, Any]) -> Tensor:
         features = trunk.features(self._native, given)
-        tokens = self._width(rows, given)
+        tokens = None if rows.spans is None else int(given["attention_mask"].shape[-1])
         if len(features) != len(rows.keys) or (tokens is not None and features.shape[1] != tokens):
             raise MethodError(
                 f"trunk_cache expected block {trunk.depth} to put out ({len(rows.keys)} rows, {tokens or '…'} tokens, "
-                f"…), and it put out {tuple(features.shape)}. {_WITHOUT}"
+                f"…), and it put out {tuple(features.shape)}. {WITHOUT}"
             )
         self._device, self._dtype = features.device, features.dtype
         if self._store is None:
             self._store = self._open(trunk, features, rows)
-        spans = rows.spans or [(0, features.shape[1])] * len(features)
         full = self._store.full
-        self._store.add(rows.keys, [row[first:end] for row, (first, end) in zip(features, spans, strict=True)])
+        self._store.add(rows.keys, _real_tokens(rows, features))
         if self._store.full and full is None:
             logger.warning(
                 "No more features are stored: %s. Those that are not are computed in each epoch, as ever.",
                 self._store.full,
             )
         self._computed += len(rows.keys)
-        return features.to(self._store.dtype).to(features.dtype)  # what later passes will read, also in bf16
-
-    def _compare(self, trunk: Trunk, given: Mapping[str, Any], features: Tensor) -> None:
-        """Run one batch both ways, without dropout: what they put out must agree.
-
-        Raises:
-            MethodError: they differ.
-        """
-        with torch.no_grad(), eval_mode(self.model):
-            plain = self._native(**given)
-            with trunk.skipping(features):
-                skipped = self._native(**given)
-        mask = given.get("attention_mask")
-        real = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        bound = _CLOSE if self.options.dtype == "exact" else 2e-2
-        for name, a, b in zip(("loss", "output"), _figures(plain, real), _figures(skipped, real), strict=True):
-            if len(a) != len(b) or (len(a) and float((a - b).abs().max()) > bound * float(a.abs().max().clamp(min=1))):
-                raise MethodError(
-                    f"With the output of block {trunk.depth} put in from outside, this {type(self._inner).__name__} "
-                    f"gives another {name}: its upper blocks use more of the lower ones than that (layers that share "
-                    f"keys, a router's loss, a residual of their own). {_WITHOUT}"
-                )
-
-    def _moves(self, trunk: Trunk, given: Mapping[str, Any]) -> bool:
-        """Whether one more padding token on the left changes what the trunk makes of the real ones."""
-        mask = given.get("attention_mask")
-        if not isinstance(mask, Tensor) or mask.dim() != 2 or self._encoder_only or bool(mask[:, 0].all()):
-            return bool(self._by_place)
-        if self._by_place is None:
-            row = int((mask[:, 0] == 0).nonzero()[0])
-            first = int(mask[row].nonzero()[0]) if bool(mask[row].any()) else 0
-            if not first:
-                return False
-            pair = []
-            for start in (first, first - 1):
-                one = {
-                    name: value[row : row + 1, start:]
-                    if isinstance(value, Tensor) and value.shape[:2] == mask.shape
-                    else value
-                    for name, value in given.items()
-                    if name != "labels"
-                }
-                pair.append(trunk.features(self._native, one)[:, first - start :])
-            size = float(pair[0].abs().max().clamp(min=1e-6))
-            self._by_place = float((pair[0] - pair[1]).abs().max()) > 1e-3 * size
-        return self._by_place
+        return features
 
     # ---- a store ---------------------------------------------------------------------------------------------------
+
+    def _identity(self, trunk: Trunk) -> dict[str, Any]:
+        dtype = trunk.dtype if self.options.dtype == "exact" else torch.bfloat16
+        what = identity(self.model, self.layers, trunk.depth, autocast=trunk.autocast)
+        return what | {"features": str(trunk.dtype), "stored": str(dtype)}
 
     def _open(self, trunk: Trunk, features: Tensor, rows: Rows) -> FeatureStore:
         """The store of this trunk, new or found.
@@ -318,96 +357,59 @@ class TrunkCache:
         Raises:
             MethodError: it would be larger than its limit, or than what is free on the disk.
         """
-        exact = self.options.dtype == "exact"
-        dtype = features.dtype if exact else torch.bfloat16
-        what = identity(self.model, self.layers, trunk.depth) | {"features": str(features.dtype), "stored": str(dtype)}
-        name = hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=8).hexdigest()
-        limit = self.options.limit_gb * 1e9
+        self._what, self._versions = self._identity(trunk), self._state_of_weights()
+        name = hashlib.blake2b(json.dumps(self._what, sort_keys=True).encode(), digest_size=8).hexdigest()
+        dtype = features.dtype if self.options.dtype == "exact" else torch.bfloat16
+        self._left.pop(self._base / name, None)
         try:
-            store = FeatureStore(self._base / name, what, dtype=dtype, limit=limit)
+            store = FeatureStore(self._base / name, self._what, dtype=dtype, limit=self.options.limit_gb * 1e9)
         except OSError as error:
-            raise MethodError(f"trunk_cache cannot write its store: {error}. Give another folder=.") from error
-        self._check_size(store, features, rows, limit)
+            raise _cannot_write(error) from error
+        try:
+            check_space(store, self._data, rows, features, block=trunk.depth)
+        except MethodError:
+            store.close(remove=not len(store))
+            raise
         return store
 
-    def _check_size(self, store: FeatureStore, features: Tensor, rows: Rows, limit: float) -> None:
-        each = features[0, 0].numel() * store.dtype.itemsize
-        if self._data.tokens is not None and rows.spans is not None:
-            tokens, guess = self._data.tokens, ""
-        elif self._data.examples is not None:
-            real = (
-                sum(end - first for first, end in rows.spans) if rows.spans else features.shape[0] * features.shape[1]
-            )
-            tokens, guess = int(self._data.examples * real / len(features)), ", as far as the first batch tells"
-        else:
-            logger.info("trunk_cache stores %s per token in %s.", _bytes(each), store.folder)
-            return
-        wanted, free = tokens * each, shutil.disk_usage(store.folder).free + store.bytes
-        logger.info(
-            "trunk_cache stores the output of block %d: %d tokens × %s = %s%s, in %s%s.",
-            self.depth,
-            tokens,
-            _bytes(each),
-            _bytes(wanted),
-            guess,
-            store.folder,
-            f" ({len(store)} examples are there already)" if len(store) else "",
-        )
-        if wanted > limit:
-            raise MethodError(
-                f"trunk_cache would store {_bytes(wanted)}{guess}, more than limit_gb={self.options.limit_gb:g}. "
-                + ("Raise it." if self.options.dtype == "bf16" else "Raise it, or take dtype='bf16', half of fp32.")
-            )
-        if wanted > free:
-            raise MethodError(
-                f"trunk_cache would store {_bytes(wanted)}{guess} in {store.folder}, where {_bytes(free)} are free. "
-                "Give folder= on a larger disk."
-            )
+    def _check_stored(self, rows: Rows, features: Tensor, stored: Tensor) -> None:
+        """What was found must be what is computed.
+
+        Raises:
+            MethodError: it is not.
+        """
+        assert self._store is not None
+        for row, (first, end) in enumerate(rows.spans or [(0, features.shape[1])] * len(features)):
+            if far(stored[row : row + 1, first:end], features[row : row + 1, first:end]):
+                raise MethodError(
+                    f"The features in {self._store.folder} are not those that this model computes. Delete that folder: "
+                    "they are computed again."
+                )
 
 
-_WITHOUT = "Train without trunk_cache: everything else stays the same."
+def _real_tokens(rows: Rows, features: Tensor) -> list[Tensor]:
+    """The features of each row, without its padding."""
+    spans = rows.spans or [(0, features.shape[1])] * len(features)
+    return [row[first:end] for row, (first, end) in zip(features, spans, strict=True)]
 
 
-def check_model(inner: Any) -> None:
-    """Refuse a model whose passes need more of the trunk than its last output.
-
-    Raises:
-        MethodError: it returns the hidden states or attentions of all blocks.
-    """
-    for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
-        if getattr(getattr(inner, "config", None), name, False):
-            raise MethodError(
-                f"trunk_cache skips the lower blocks, and config.{name}=True asks for what they put out. Set it to "
-                f"False, or train without trunk_cache."
-            )
+def _temporary() -> Path:
+    """A temporary folder, the same for all processes."""
+    mine = tempfile.mkdtemp(prefix="peft_plus_trunk_")
+    first = gather(mine)[0]
+    if first != mine:
+        os.rmdir(mine)
+    return Path(first)
 
 
-def check_pass(given: Mapping[str, Any]) -> None:
-    """Refuse a pass that asks for what lies inside the trunk, or brings a cache of keys for it (prefix tuning)."""
-    for name in ("output_hidden_states", "output_attentions", "output_router_logits", "past_key_values"):
-        if given.get(name):
-            raise MethodError(f"trunk_cache skips the lower blocks, and this pass sets {name!r}, which needs them.")
+def _writable(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise _cannot_write(error) from error
 
 
-def _figures(output: Any, real: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A pass's losses, and all else that it put out at real tokens, as two vectors in fp32."""
-    losses: list[Tensor] = []
-    others: list[Tensor] = []
-    items = output.items() if isinstance(output, Mapping) else enumerate(output)
-    for _, value in items:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            continue
-        if value.dim() == 0:
-            losses.append(value.float())
-            continue
-        at_tokens = real is not None and value.shape[:2] == real.shape
-        others.append((value[real] if at_tokens else value).float().flatten())
-    nothing = torch.zeros(0)
-    return torch.stack(losses) if losses else nothing, torch.cat(others) if others else nothing
-
-
-def _bytes(count: float) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count:.0f} bytes"
+def _cannot_write(error: OSError) -> MethodError:
+    return MethodError(f"trunk_cache cannot write its store: {error}. Give another folder=.")

@@ -14,8 +14,9 @@ from ..errors import MethodError
 from ..lengths import lengths_of
 from ..random_state import rng_state, set_rng_state
 
-ROWS = 64
-"""Rows of a batch of that pass. Sorted by length, more bring nothing, and cost memory."""
+ROWS, TOKENS = 64, 1 << 15
+"""The most that a batch of that pass holds. Sorted by length, more bring nothing, and cost memory."""
+_ROWS_OF_UNKNOWN_LENGTH = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +36,14 @@ class TrainingData:
     @property
     def examples(self) -> int | None:
         """Rows; None where the data have no length."""
-        sized = hasattr(self.dataset, "__len__") and not isinstance(self.dataset, IterableDataset)
-        return len(self.dataset) if sized else None
+        dataset = self.dataset
+        return len(dataset) if hasattr(dataset, "__len__") and not _is_stream(dataset) else None
 
     @cached_property
     def lengths(self) -> np.ndarray | None:
         """Tokens of each row, shape (examples,); None where they are not known without making each row."""
-        if self.examples is None or not (isinstance(self.dataset, list | tuple) or hasattr(self.dataset, "column_names")):
+        there = isinstance(self.dataset, list | tuple) or hasattr(self.dataset, "column_names")
+        if self.examples is None or not there:
             return None
         random = rng_state()
         try:
@@ -73,8 +75,14 @@ class TrainingData:
                 "Use fill='first_epoch'."
             )
         lengths = self.lengths
-        order = range(self.examples) if lengths is None else np.argsort(-lengths, kind="stable").tolist()
-        return self.loader(_Fixed(order), ROWS)
+        if lengths is None or not len(lengths):
+            return self.loader(_Fixed(range(self.examples)), _ROWS_OF_UNKNOWN_LENGTH)
+        rows = min(ROWS, max(1, TOKENS // max(1, int(lengths.max()))))
+        return self.loader(_Fixed(np.argsort(-lengths, kind="stable").tolist()), rows)
+
+
+def _is_stream(dataset: Any) -> bool:
+    return isinstance(dataset, IterableDataset)
 
 
 class _Fixed(Sampler[int]):

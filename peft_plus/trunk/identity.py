@@ -16,7 +16,6 @@ from ..layers import Layers, transformers_model
 from ..proof import checksum
 from .passes import trunk_blocks
 
-
 _NOT_FOR_THE_TRUNK = frozenset({"problem_type", "id2label", "label2id", "use_cache", "_name_or_path"})
 """Settings of a model that change nothing below its head. Some are set by a model's first pass, or by a Trainer."""
 
@@ -74,7 +73,8 @@ def _weights(model: nn.Module, layers: Layers, depth: int) -> dict[str, Tensor]:
     """Name → every tensor that the output of block `depth` may depend on, scales of quantised weights among them."""
     blocks = trunk_blocks(model, layers, depth)
     modules = {module: name for name, module in model.named_modules()}
-    found = {name: tensor for name, tensor in model.named_parameters() if layers.depth.get(name, depth + 1) <= depth}
+    found: dict[str, Tensor] = {}
+    found |= {name: tensor for name, tensor in model.named_parameters() if layers.depth.get(name, depth + 1) <= depth}
     for block in blocks:
         for name, value in block.state_dict().items():
             if isinstance(value, Tensor):

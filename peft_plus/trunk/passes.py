@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -102,7 +102,7 @@ class Trunk:
             module.training = False
 
     @contextmanager
-    def skipping(self, features: Tensor) -> Iterator[None]:
+    def skipping(self, features: Tensor) -> Generator[None]:
         """While this is open, a forward pass computes only what lies above the trunk.
 
         Args:
@@ -213,7 +213,7 @@ def output_of(block: nn.Module, forward: Callable[..., Any], kwargs: Mapping[str
 
 
 @contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Generator[None]:
     """Every module in eval mode for a while; then each in the mode in which it was."""
     training = [module for module in model.modules() if module.training]
     for module in training:
@@ -226,7 +226,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def instead_of_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def instead_of_forward(module: nn.Module, forward: Callable[..., Any]) -> Generator[None]:
     """`module` runs `forward` for a while; its class, name, hooks and parameters stay what they are."""
     own = vars(module).get("forward")  # e.g. Accelerate's, which moves weights between devices
     module.forward = forward  # type: ignore[method-assign]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,16 +58,37 @@ class TrunkService:
         self._lowest = -1
         self._epoch = 0
         self._record: Any = None  # the hook
-        self._last: Tensor | None = None  # the trunk's output in the last training pass
+        self._last: Any = None  # what its last block put out in the last training pass
         self._top: Trunk | None = None  # up to the highest frozen block, where noise at the trunk goes
         self._second = False
+        self._stays = False  # whether it was looked whether the trunk stays frozen
+
+    def begin(self, run: Run, state: Mapping[str, int] | None) -> None:
+        """The stage begins, or goes on.
+
+        Args:
+            state: what `state_dict` gave when the checkpoint was written that it goes on from: the choice of blocks
+                depends on the step at which it is made, and another one would round otherwise.
+        """
+        self._epoch = run.epoch
+        if self._cache is not None and state is not None:
+            self._lowest = state["lowest"]
+            self._watch_top()
+            self._cache.serve(state["depth"], whole=_whole_epoch(run))
+        self.step_begin(run)
+
+    def state_dict(self) -> dict[str, int]:
+        """What a checkpoint keeps."""
+        return {"lowest": self._lowest, "depth": 0 if self._cache is None else self._cache.depth}
 
     def step_begin(self, run: Run) -> None:
         """At an update boundary, once it is known what trains."""
-        self._last = None
-        if self._cache is not None and run.epoch != self._epoch:
-            self._epoch = run.epoch
-            self._cache.epoch_ends(run.epoch)
+        self._last, self._run = None, run
+        if self._cache is not None:
+            if run.epoch != self._epoch:
+                self._epoch = run.epoch
+                self._cache.epoch_ends()
+            self._cache.step_begins()
         if self._effects.lowest == self._lowest:
             return
         self._lowest = self._effects.lowest
@@ -77,17 +98,25 @@ class TrunkService:
 
     def _choose(self, run: Run, cache: TrunkCache) -> None:
         ahead = lowest_ahead(self._effects, run)
-        filled = cache.options.fill == "before"
+        before = cache.options.fill == "before"
         depth = choose_depth(
-            ahead, step=run.step, max_steps=run.max_steps, steps_per_epoch=run.steps_per_epoch, filled=filled
+            ahead,
+            step=run.step,
+            max_steps=run.max_steps,
+            steps_per_epoch=run.steps_per_epoch,
+            serving=cache.depth,
+            paid=before or cache.options.folder is not None,
+            blocks=lambda depth: len(trunk_blocks(self._model, self._layers, depth)),
         )
         if run.step == 0 and depth == 0:
-            logger.warning("%s", self._nothing_to_save(run, ahead))
-        cache.serve(depth)
+            self._tell_of_nothing(run, ahead[0][1])
+        if depth == cache.depth:
+            return
+        cache.serve(depth, whole=_whole_epoch(run))
         if not depth:
             return
         until = next((at for at, low in ahead if low <= depth), run.max_steps)
-        share = depth / self._layers.num_blocks
+        share = min(1.0, len(trunk_blocks(self._model, self._layers, depth)) / self._layers.num_blocks)
         head = head_cost(self._model, self._layers)
         logger.info(
             "trunk_cache: blocks 1 to %d of %d are frozen until step %d. Their output is stored %s; a step that finds "
@@ -95,24 +124,43 @@ class TrunkService:
             depth,
             self._layers.num_blocks,
             until,
-            "before the first step" if filled else "in the first pass over the data",
+            "first" if before else "in the first pass over the data",
             step_ratio(share, head),
         )
-        if filled:
+        if before:
             cache.fill()
 
-    def _nothing_to_save(self, run: Run, ahead: Sequence[tuple[int, int]]) -> str:
-        lowest = ahead[0][1]
-        if lowest <= 1:
-            what = "the embeddings or something in front of them" if lowest == 0 else "the lowest block"
-            raise MethodError(
-                f"trunk_cache has nothing to store: {what} trains from the first step. Freeze the lower blocks, e.g. "
-                'with {"freeze": {"blocks": 4}} or the tuner\'s layers_to_transform, or leave trunk_cache out.'
+    def _tell_of_nothing(self, run: Run, lowest: int) -> None:
+        """Say why nothing is stored yet.
+
+        Raises:
+            MethodError: nothing ever will be.
+        """
+        if lowest > 1:
+            logger.warning(
+                "trunk_cache saves nothing here: the lower blocks stay frozen for less than the pass over the data (of "
+                "%d steps) that it takes to store their output. It would in a longer run.",
+                run.steps_per_epoch,
             )
-        return (
-            f"trunk_cache saves nothing here: the lower blocks stay frozen for less than the pass over the data (of "
-            f"{run.steps_per_epoch} steps) that it takes to store their output. It would in a longer run."
+            return
+        what = "the embeddings or something in front of them" if lowest == 0 else "the lowest block"
+        if self._may_freeze_later(run):
+            logger.info("trunk_cache waits: %s trains now, and may be frozen later.", what)
+            return
+        text = (
+            f"trunk_cache has nothing to store: {what} trains from the first step. Freeze the lower blocks, e.g. with "
+            '{"freeze": {"blocks": 4}} or the tuner\'s layers_to_transform, or leave trunk_cache out.'
         )
+        if len(run.stages) < 2:
+            raise MethodError(text)
+        logger.warning("In stage %r %s", run.stage.name if run.stage else "", text)
+
+    def _may_freeze_later(self, run: Run) -> bool:
+        depths = {param.name: param.depth for param in self._effects.params}
+        for step, names in self._effects.schedule(run, run.step, max(run.max_steps, run.step + 1)):
+            if min((depths[name] for name in names), default=0) > 1 or self._effects.unforeseen(run.at(step)):
+                return True
+        return False
 
     # ---- noise above the trunk ---------------------------------------------------------------------------------------
 
@@ -127,11 +175,13 @@ class TrunkService:
         self._record = self._top.blocks[-1].register_forward_hook(self._keep)
 
     def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.is_grad_enabled() and not self._second and self._top is not None:
-            self._last = self._top.learn(output)
+        if not torch.is_grad_enabled() or self._second:
+            return
+        if torch._C._current_graph_task_id() == -1:  # else checkpointing runs a pass again, which may be a second one
+            self._last = output
 
     @contextmanager
-    def changed(self, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    def changed(self, change: Callable[[Tensor], Tensor]) -> Generator[None]:
         """While this is open, a pass starts from what `change` makes of the trunk's output in the last training pass.
 
         Args:
@@ -145,11 +195,39 @@ class TrunkService:
                 f"there is no trunk to put noise on: {why}. Freeze the lower blocks, e.g. with "
                 '{"freeze": {"blocks": 4}}, or put the noise on the embeddings.'
             )
-        with self.lifted(), self._top.skipping(change(self._last)):
+        with self.lifted(), self._top.skipping(change(self._top.learn(self._last))):
             yield
 
+    def check_stays(self) -> None:
+        """Look ahead, once, whether a block will be frozen in every step.
+
+        Raises:
+            ValueError: none will; now rather than at the step where the last one thaws.
+        """
+        if self._stays or self._top is None:
+            return
+        self._stays = True
+        for step, lowest in lowest_ahead(self._effects, self._run):
+            if not trunk_blocks(self._model, self._layers, lowest - 1):
+                raise ValueError(
+                    f"from step {step} on no block is frozen any more, and there will be no trunk to put noise on. "
+                    "Keep the lower blocks frozen, or put the noise on the embeddings."
+                )
+
+    def also_of(self, weights: Mapping[str, Tensor]) -> bool:
+        """Whether the trunk's output in the last training pass is known, and what a pass with other weights would make.
+
+        Args:
+            weights: name of a parameter → what it would be; those that are not named stay as they are.
+        """
+        if self._top is None or self._last is None:
+            return False
+        top, depths = self._top.depth, self._layers.depth
+        below = [(self._model.get_parameter(n), t) for n, t in weights.items() if depths.get(n, 0) <= top]
+        return all(torch.equal(own, other.to(own.device, own.dtype)) for own, other in below)
+
     @contextmanager
-    def lifted(self) -> Iterator[None]:
+    def lifted(self) -> Generator[None]:
         """Passes run the trunk themselves for a while, and are not looked at."""
         before, self._second = self._second, True
         try:
@@ -168,10 +246,16 @@ class TrunkService:
         if self._cache is not None:
             self._cache.rest()
 
-    def seal(self) -> None:
-        """When a checkpoint is written."""
+    def seal(self, beside: Path | None = None) -> None:
+        """When a checkpoint is written, on every process.
+
+        Args:
+            beside: a folder beside the checkpoints, for a store that lies in a temporary one.
+        """
         if self._cache is not None:
             self._cache.seal()
+            if beside is not None:
+                self._cache.move(beside)
 
     def close(self, *, finished: bool) -> None:
         """Give the model back.
@@ -204,27 +288,43 @@ def lowest_ahead(effects: Effects, run: Run) -> list[tuple[int, int]]:
 
 
 def choose_depth(
-    ahead: Sequence[tuple[int, int]], *, step: int, max_steps: int, steps_per_epoch: int, filled: bool = False
+    ahead: Sequence[tuple[int, int]],
+    *,
+    step: int,
+    max_steps: int,
+    steps_per_epoch: int,
+    serving: int = 0,
+    paid: bool = False,
+    blocks: Callable[[int], int] = lambda depth: depth,
 ) -> int:
     """Which k to serve from `step` on: where most block passes are saved until block k thaws.
 
-    Serving k saves k blocks of each step after the first epoch, which fills the store: k · (T_k − step − epoch), T_k
-    being the step at which something at depth ≤ k trains.
+    Serving k saves k blocks of each step, but filling the store takes them for one pass over the data:
+    k · (T_k − step − epoch), T_k being the step at which something at depth ≤ k trains. What is served already is
+    filled.
 
     Args:
         ahead: (step, lowest depth that trains from there on), from the present on, in order.
         steps_per_epoch: 0 where it is not known; then filling counts nothing.
-        filled: whether the store is filled before training.
+        serving: the depth that is served already, 0 for none.
+        paid: whether the user wants the first store anyway, to be filled before training or for later runs.
+        blocks: depth → how many blocks of the trunk lie at or below it; fewer in an encoder beside a longer decoder.
     Returns: 0 where nothing is saved.
     """
     lowest = ahead[0][1]
     best, saved = 0, 0
     for depth in range(lowest - 1, 0, -1):
         until = next((at for at, low in ahead if low <= depth), max_steps)
-        gain = depth * (until - step - (0 if filled else steps_per_epoch))
+        filled = depth == serving or (paid and not serving)
+        gain = blocks(depth) * (until - step - (0 if filled else steps_per_epoch))
         if gain > saved:
             best, saved = depth, gain
     return best
+
+
+def _whole_epoch(run: Run) -> bool:
+    """Whether a pass over the data begins now."""
+    return not run.steps_per_epoch or run.step % run.steps_per_epoch == 0
 
 
 def step_ratio(share: float, head: float) -> float:

@@ -2,8 +2,8 @@
 
 A store is a folder. What it was computed from stands in `store.json`; each process that fills it writes segments of its
 own: `<segment>.rows`, the rows one after another, and, once these are safely on disk, `<segment>.index`, their names,
-places and checksums, and of what they are. A segment without an index, or shorter than it says, was torn by a kill and is
-not used; a row is checked against its checksum the first time it is read.
+places and checksums, and what they are of. A segment without an index, or shorter than it says, was torn by a kill and
+is not used; a row is checked against its checksum the first time it is read.
 
 Where two segments hold the same row, a process takes its own, else the oldest, so that a resumed run reads what the
 interrupted one did.
@@ -69,7 +69,7 @@ class FeatureStore:
         self._bytes = 0
         self._open: _Segment | None = None
         self._of = hashlib.blake2b(json.dumps(dict(identity), sort_keys=True).encode(), digest_size=8).hexdigest()
-        self._own = f"{_rank():04d}-"  # how the names of this process's segments begin
+        self._own = f"{rank():04d}-"  # how the names of this process's segments begin
         self.folder.mkdir(parents=True, exist_ok=True)
         self._claim(dict(identity))
         self._tidy()
@@ -118,9 +118,10 @@ class FeatureStore:
                 self._take(_Segment.read(index))
 
     def _take(self, segment: _Segment | None) -> None:
-        if segment is None or segment.of != self._of or segment.dtype != str(self.dtype):
+        if segment is None:
             return
-        if self._shape not in (None, segment.shape):
+        if (segment.of, segment.dtype) != (self._of, str(self.dtype)) or self._shape not in (None, segment.shape):
+            segment.close()
             return
         self._shape = segment.shape
         number = len(self._segments)
@@ -295,9 +296,9 @@ class _Segment:
                 raise ValueError("its rows are cut short")
             bits = next(bits for dtype, bits in _BITS.items() if str(dtype) == told["dtype"])
             segment = cls(file, tuple(told["shape"]), told["dtype"], bits, told["of"])
-            segment.size, segment._reader = told["size"], open(file, "rb")  # noqa: SIM115 - as in `create`
             table = np.frombuffer(body, _INDEX)
             segment._index = [(bytes(key), int(at), int(n), int(check)) for key, at, n, check in table.tolist()]
+            segment.size, segment._reader = told["size"], open(file, "rb")  # noqa: SIM115 - as in `create`
         except (OSError, ValueError, KeyError, StopIteration) as error:
             logger.warning("The features in %s are not used (%s), and are computed again.", index, error)
             return None
@@ -319,7 +320,7 @@ class _Segment:
             self._map = np.memmap(self._reader, np.uint8, "r", shape=(self.size,))
         data = self._map[start:end]
         if place not in self._checked:
-            if zlib.crc32(data) != check:
+            if zlib.crc32(data.data) != check:
                 logger.warning("A row of %s is damaged, and is computed again.", self.file)
                 return None
             self._checked.add(place)
@@ -336,6 +337,7 @@ def _torch_bits(dtype: torch.dtype) -> torch.dtype:
     return {8: torch.uint64, 4: torch.uint32, 2: torch.uint16}[dtype.itemsize]
 
 
-def _rank() -> int:
+def rank() -> int:
+    """Of this process."""
     here = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_rank() if here else 0

@@ -52,26 +52,25 @@ def check_pass(given: Mapping[str, Any]) -> None:
             raise MethodError(f"trunk_cache skips the lower blocks, and this pass sets {name!r}, which needs them.")
 
 
-def compare(
-    model: nn.Module, forward: Callable[..., Any], trunk: Trunk, given: Mapping[str, Any], features: Tensor
-) -> None:
-    """Run one batch both ways, without dropout: what they put out must agree.
+def compare(model: nn.Module, forward: Callable[..., Any], trunk: Trunk, given: Mapping[str, Any]) -> None:
+    """Run two rows of a batch both ways, without dropout: what comes out must agree.
 
     Args:
         model: which `forward` belongs to, with all that wraps it.
-        features: what the trunk made of this very batch.
     Raises:
         MethodError: it does not.
     """
+    few = part(given, slice(0, 2))
+    features = trunk.features(forward, few)
     with torch.no_grad(), eval_mode(model):
-        plain = forward(**given)
+        plain = forward(**few)
         try:
             with trunk.skipping(features):
-                skipped = forward(**given)
+                skipped = forward(**few)
         except Exception as error:
             raise _differs(trunk, f"fails ({type(error).__name__}: {error})") from error
     torch.clear_autocast_cache()  # weights that were cast without a gradient would train on nothing in this pass
-    mask = given.get("attention_mask")
+    mask = few.get("attention_mask")
     real = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
     for name, a, b in zip(("loss", "output"), _figures(plain, real), _figures(skipped, real), strict=True):
         if len(a) != len(b) or (len(a) and float((a - b).abs().max()) > _SAME * float(a.abs().max().clamp(min=1))):
@@ -80,9 +79,9 @@ def compare(
 
 def _differs(trunk: Trunk, why: str) -> MethodError:
     return MethodError(
-        f"With the output of block {trunk.depth} put in from outside, this {type(trunk.inner).__name__} {why}: its upper "
-        f"blocks use more of the lower ones than that (layers that share keys, a router's loss, a residual of their "
-        f"own). {WITHOUT}"
+        f"With the output of block {trunk.depth} put in from outside, this {type(trunk.inner).__name__} {why}: its "
+        "upper blocks use more of the lower ones than that (layers that share keys, a router's loss, a residual of "
+        f"their own). {WITHOUT}"
     )
 
 
@@ -102,7 +101,7 @@ def check_alone(
         return
     if isinstance(mask, Tensor) and mask.dim() > 2:  # several texts of an example
         return
-    alone = trunk.features(forward, one_row(given, row, len(features), 0, end))
+    alone = trunk.features(forward, part(given, slice(row, row + 1), slice(0, end)))
     if alone.shape[0] == 1 and alone.shape[1] == end and not far(alone[:, first:], features[row : row + 1, first:end]):
         return
     raise MethodError(
@@ -133,28 +132,27 @@ def moves(forward: Callable[..., Any], trunk: Trunk, given: Mapping[str, Any], m
     padded = [row for row in range(len(mask)) if bool(mask[row].any()) and not bool(mask[row, 0])]
     if not padded:
         return None
-    first = int(mask[padded[0]].nonzero()[0])
-    pair = [
-        trunk.features(forward, one_row(given, padded[0], len(mask), start, mask.shape[1]))[:, first - start :].float()
-        for start in (first, first - 1)
-    ]
+    row, first = padded[0], int(mask[padded[0]].nonzero()[0])
+    pair = []
+    for start in (first, first - 1):
+        features = trunk.features(forward, part(given, slice(row, row + 1), slice(start, None)))
+        pair.append(features[:, first - start :].float())
     apart = (pair[0] - pair[1]).abs() / pair[0].abs().clamp(min=1e-6)
     half = trunk.autocast != "off" or trunk.dtype not in _MOVED
     return float(apart.median()) > (_MOVED_IN_HALF_PRECISION if half else _MOVED[trunk.dtype])
 
 
-def one_row(given: Mapping[str, Any], row: int, rows: int, first: int, end: int) -> dict[str, Any]:
-    """A batch of one of its rows, of whose tokens it keeps `first` to `end`. Labels are left out."""
+def part(given: Mapping[str, Any], rows: slice, tokens: slice = slice(None)) -> dict[str, Any]:
+    """A batch of some rows of another, and of these only some tokens."""
+    count = max((len(value) for value in given.values() if isinstance(value, Tensor) and value.dim()), default=0)
     mask = given.get("attention_mask")
-    tokens = mask.shape[1] if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    width = mask.shape[1] if isinstance(mask, Tensor) and mask.dim() == 2 else None
     kept = {}
     for name, value in given.items():
-        if name == "labels":
-            continue
-        one = isinstance(value, Tensor) and value.dim() > 0 and len(value) == rows
-        value = value[row : row + 1] if one else value
-        if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[1] == tokens and is_by_token(name, value):
-            value = value[:, first:end]
+        if isinstance(value, Tensor) and value.dim() and len(value) == count:
+            value = value[rows]
+        if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[1] == width and is_by_token(name, value):
+            value = value[:, tokens]
         kept[name] = value
     return kept
 

@@ -21,19 +21,26 @@ DDP = ROOT / "examples" / "launch" / "ddp.yaml"
 LIMIT = 300
 """Seconds for all scenarios: several times what they take, so that only a hang meets it."""
 
-RESUMED = ("all, AdamW, fp32", "thawed, in turns")
+RESUMED = ("all, AdamW, fp32", "thawed, in turns", "told, AdamW")
 """What is also interrupted and resumed under FSDP2, which must end as the run that was not."""
 
 LAUNCHED = {
     "trainer": (
         *("lora", "full", "gradual_unfreeze", "llrd", "r3f", "all", "all, AdamW"),
+        *("freeze", "freeze_plan", "chain_thaw"),
+        *("lisa", "freezeout", "autofreeze", "surgical", "surgical, snr"),
         *("accumulation", "accumulation, Llama", "accumulation, T5", "checkpointing", "checkpointing, Llama"),
         *("shuffled", "length_buckets", "incomplete", "incomplete, accumulation", "incomplete by more", "stream"),
         *("no labels on one rank", "nf4", "nf4, checkpointing", "lp_ft"),
         *("all, AdamW, fp32", "accumulation, T5, fp32", "checkpointing, Llama, fp32"),
     ),
     "session": ("lora", "all", "accumulation, Llama", "checkpointing", "incomplete"),
-    "fsdp2": ("lora", "gradual_unfreeze", "llrd", "r3f", "all", "accumulation", "thawed", *RESUMED),
+    "fsdp2": (
+        *("lora", "gradual_unfreeze", "llrd", "lisa, AdamW", "surgical", "r3f", "all", "accumulation", "checkpointing"),
+        *("thawed", *RESUMED),
+    ),
+    "trainer, evaluated": ("told",),
+    "fsdp2, evaluated": ("told", "told, AdamW"),
     "session, fsdp2": ("all", "accumulation"),
     "sft": ("sft",),
     "dpo": ("dpo",),

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
@@ -101,6 +102,9 @@ def shard(accelerator: Any) -> None:
 
 
 def check_sharded(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # an evaluation leaves the outermost one whole
     if not all(isinstance(tensor, DTensor) for tensor in model.parameters()):
         raise RuntimeError("nothing was sharded")
 
@@ -149,6 +153,18 @@ class Worsens(Sharded):
             "compute_metrics": lambda _: {"age": float(self.state.global_step)},
         }
         super().__init__(*args, train_dataset=train_dataset, **kwargs)
+
+
+def with_evaluations(
+    model: nn.Module, scenario: Scenario, processes: int, folder: Path, kind: type[Any] = peft_plus.Trainer
+) -> None:
+    """An evaluation after each second step; on one process always the plain Trainer."""
+
+    def made(*args: Any, **kwargs: Any) -> Any:
+        return (kind if processes > 1 else peft_plus.Trainer)(*args, **kwargs, eval_dataset=kwargs["train_dataset"][:4])
+
+    made_of: Any = made
+    with_trainer(model, scenario, processes, folder, made_of, eval_strategy="steps", eval_steps=2)
 
 
 class Keep(TrainerCallback):
@@ -234,6 +250,8 @@ LOOPS: dict[str, Callable[[nn.Module, Scenario, int, Path], Any]] = {
     "trainer": with_trainer,
     "session": with_session,
     "fsdp2": with_fsdp2,
+    "trainer, evaluated": with_evaluations,
+    "fsdp2, evaluated": partial(with_evaluations, kind=Sharded),
     "fsdp2, resumed": with_fsdp2_resumed,
     "fsdp2, best": with_fsdp2_best,
     "fsdp2, refused": with_fsdp2_refused,

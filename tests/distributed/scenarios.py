@@ -6,11 +6,12 @@ them, so both see the same rows in the same step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import IterableDataset
@@ -82,8 +83,43 @@ class Turns(Plugin):
         return (run.step + param.depth) % 2 == 0
 
 
+@dataclass(kw_only=True)
+class Told(Plugin):
+    """Acts at every event: rates by gradients, weights that come back, a depth that rests, one that never trains."""
+
+    name: ClassVar[str] = "told"
+    on_freeze: ClassVar[Literal["keep", "drop_state"]] = "drop_state"
+
+    norm: float = field(init=False, default=0.0)
+
+    def ever_trains(self, run, param):
+        return param.depth != 1
+
+    def may_train(self, run, param):
+        return param.depth != 2 or run.step % 4 != 2
+
+    def on_pre_optimizer_step(self, run):
+        gradients = [g for param in run.params if (g := run.gradient(param)) is not None]
+        weights = sum(float(run.weight(param).double().square().sum()) for param in run.params)
+        self.norm = run.mean(float(sum(g.double().square().sum() for g in gradients)) / weights)
+
+    def lr_scale(self, run, param):
+        return 1 / (1 + self.norm)
+
+    def on_step_end(self, run):
+        if run.step == 2:
+            run.keep("second")
+        if run.step == 6:
+            run.restore("second")
+
+    def on_evaluate(self, run):
+        if run.step == 4:
+            run.restore("second")
+
+
 LORA = {"r": 4, "lora_alpha": 16, "lora_dropout": 0.0, "init_lora_weights": False}  # B ≠ 0, so that all moves at once
 UNFREEZE = {"every": 2}
+PHASES = [{"train": "head", "steps": 2}, {"train": "block 1", "steps": 2}, {"train": ["block 1", "head"]}]
 NOISE = {"eps": 0.3, "weight": 1.0}
 ALL = {"lora": LORA, "gradual_unfreeze": UNFREEZE, "llrd": {"decay": 0.7}, "r3f": NOISE}
 QUIET = {name: settings for name, settings in ALL.items() if name != "r3f"}
@@ -94,6 +130,17 @@ SCENARIOS: dict[str, Scenario] = {
     "gradual_unfreeze": Scenario({"lora": LORA, "gradual_unfreeze": UNFREEZE}),
     "llrd": Scenario({"lora": LORA, "llrd": {"decay": 0.7}}),
     "r3f": Scenario({"lora": LORA, "r3f": NOISE}),
+    "freeze": Scenario({"full": {}, "freeze": {"blocks": 1}}),
+    "freeze_plan": Scenario({"lora": LORA, "freeze_plan": {"phases": PHASES}}, adamw=True, bound=1e-5),
+    "chain_thaw": Scenario({"lora": LORA, "chain_thaw": {"steps": 1}}, adamw=True, bound=1e-5),
+    "lisa": Scenario({"full": {}, "lisa": {"layers": 1, "period_steps": 2}}),
+    "lisa, AdamW": Scenario({"lora": LORA, "lisa": {"layers": 1, "period_steps": 2}}, adamw=True, bound=1e-5),
+    "freezeout": Scenario({"lora": LORA, "freezeout": {"t0": 0.3}}),
+    "autofreeze": Scenario({"full": {}, "autofreeze": {"interval_steps": 1}}),
+    "surgical": Scenario({"lora": LORA, "surgical": {"every": 4, "measure_steps": 2}}),
+    "surgical, snr": Scenario({"full": {}, "surgical": {"every": "once", "criterion": "snr", "measure_steps": 3}}),
+    "told": Scenario(["full", Told()], exact=True),
+    "told, AdamW": Scenario([LoraConfig(**LORA), Told()], adamw=True, exact=True),
     "all": Scenario(ALL),
     "all, AdamW": Scenario(ALL, adamw=True, exact=True),
     "accumulation": Scenario(ALL, accumulation=2, rows=64),

@@ -91,13 +91,15 @@ class Phased(Plugin):
             *(self.name, place.number + 1, len(phases), run.step, phase.metric, self.best),
             "; its best weights are back" if restored else "",
         )
-        self.stalled[place.number] = run.step
+        self.stalled = {**self.stalled, place.number: run.step}
         best, self.best, self.waited = self.best, None, 0
         if not following:
             run.stop(f"{self.name}: the last phase has ended, {phase.metric} stopped improving")
+        elif following[0].patience is None:
+            return
         elif restored:  # the next phase begins with the best weights, whose value is known
             self.best = best if phase.same_yardstick(following[0]) else None
-        elif following[0].patience is not None:  # it begins with the weights that were just evaluated
+        else:  # it begins with the weights that were just evaluated
             self._begin(run, following[0])
 
     def _begin(self, run: Run, phase: Phase) -> None:

@@ -200,6 +200,16 @@ def test_a_metric_that_comes_with_the_second_evaluation_of_a_step_is_found() -> 
     assert timeline(model) == [(0, {4}), (2, {0, 1, 2, 3, 4})]
 
 
+def test_what_a_phase_of_steps_trained_is_not_undone_by_an_older_best() -> None:
+    """The value 0.5 of the first phase says nothing about where the third one begins."""
+    metric = {"patience": 1, "restore_best": True}
+    phases = [{"train": "head", **metric}, {"train": "blocks", "steps": 2}, {"train": "head", **metric}]
+    loop = EvaluatedLoop(planned(phases), steps=9, values={1: 0.5, 2: 0.6, 5: 0.9, 6: 0.8, 7: 0.85}).run()
+    assert loop.finished == 7
+    assert not changed(loop.measured[6], weights(loop.model))
+    assert depths(changed(loop.measured[1], loop.measured[6])) == {1, 2, 3, 4}
+
+
 def test_without_restoring_the_weights_stay_as_they_are() -> None:
     loop = EvaluatedLoop(planned(by_metric()), steps=5, values={1: 0.5, 2: 0.9, 3: 0.9})
     for _ in range(3):

@@ -3,98 +3,38 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import combinations
 from typing import Any
 
-import numpy as np
 import pytest
-import scipy.stats
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import TrainerCallback, TrainingArguments, default_data_collator
 
-import peft_plus
 from peft_plus import MethodError, PluginError, Run, get_model
-from peft_plus_stability.r3f import (
-    R3F,
-    example_noise,
-    masked_mean,
-    squared_difference,
-    symmetric_bernoulli_kl,
-    symmetric_kl,
+from peft_plus_stability.r3f import R3F
+from tests.consistency import (
+    TASKS,
+    Grab,
+    distance,
+    gradients,
+    kl_both_ways,
+    lively,
+    model_and_batch,
+    rows_of,
+    sampler_order,
+    summed_distance,
+    trainer_of,
+    two_passes,
 )
-from tests.models import MASK, NUM_LABELS, PAD, batch, tiny
-from tests.training import quiet
+from tests.models import batch, tiny
 
 
 @pytest.fixture(autouse=True)
 def _one_thread_and_seed() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-
-
-# ---- the distances -----------------------------------------------------------------------------------------------
-
-
-def test_symmetric_kl_against_scipy():
-    a, b = torch.randn(2, 50, 7, dtype=torch.float64) * 3
-    p, q = a.softmax(-1).numpy(), b.softmax(-1).numpy()
-    wanted = scipy.stats.entropy(p, q, axis=-1) + scipy.stats.entropy(q, p, axis=-1)
-    np.testing.assert_allclose(symmetric_kl(a, b).numpy(), wanted, rtol=2e-5)
-    assert symmetric_kl(a, a).abs().max() == 0.0
-    assert torch.equal(symmetric_kl(a, b), symmetric_kl(b, a))
-    assert symmetric_kl(a.bfloat16(), b.bfloat16()).dtype == torch.float32
-
-
-def test_symmetric_bernoulli_kl_against_scipy():
-    a, b = torch.randn(2, 50, 4, dtype=torch.float64) * 2
-    p, q = (torch.stack([x.sigmoid(), 1 - x.sigmoid()]).numpy() for x in (a, b))
-    wanted = (scipy.stats.entropy(p, q) + scipy.stats.entropy(q, p)).mean(-1)
-    np.testing.assert_allclose(symmetric_bernoulli_kl(a, b).numpy(), wanted, rtol=2e-5)
-
-
-def test_squared_difference_and_masked_mean():
-    a, b = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[3.0, 2.0], [0.0, 1.0]])
-    assert squared_difference(a, b).tolist() == [2.0, 0.5]
-    values, mask = torch.tensor([1.0, 5.0, 3.0]), torch.tensor([True, False, True])
-    assert masked_mean(values, mask) == 2.0
-    assert masked_mean(values, torch.zeros(3, dtype=torch.bool)) == 0.0
-
-
-# ---- the noise ---------------------------------------------------------------------------------------------------
-
-
-def seeded(row: int, text: int, device: torch.device) -> torch.Generator:
-    return torch.Generator(device).manual_seed(1000 * row + text)
-
-
-@pytest.mark.parametrize(
-    ("noise", "law"), [("uniform", scipy.stats.uniform(-0.3, 0.6)), ("normal", scipy.stats.norm(0, 0.3))]
-)
-def test_the_noise_has_its_distribution(noise, law):
-    z = example_noise(torch.zeros(4, 50, 32), rows=4, eps=0.3, noise=noise, stream=seeded)
-    assert z.dtype == torch.float32
-    assert scipy.stats.kstest(z.flatten().numpy(), law.cdf).pvalue > 0.01
-    if noise == "uniform":
-        assert z.abs().max() <= 0.3
-
-
-@pytest.mark.parametrize("noise", ["uniform", "normal"])
-def test_the_noise_of_a_text_depends_on_no_neighbour(noise):
-    """Not on how many there are, and not on how far they make it be padded."""
-    settings = {"eps": 0.3, "noise": noise}
-    many = example_noise(torch.zeros(4, 12, 32), rows=4, stream=seeded, **settings)
-    alone = example_noise(
-        torch.zeros(1, 8, 32), rows=1, stream=lambda row, text, device: seeded(row + 2, text, device), **settings
-    )
-    assert torch.equal(many[2:3, :8], alone)
-    assert not torch.equal(many[0], many[1])
-    # Six texts may be three examples with two choices each.
-    choices = example_noise(torch.zeros(6, 8, 32), rows=3, stream=seeded, **settings)
-    assert torch.equal(choices[4:5], alone)
-    assert len({tuple(z.flatten().tolist()) for z in choices}) == 6
 
 
 # ---- the term, task by task --------------------------------------------------------------------------------------
@@ -111,102 +51,6 @@ class Spy(Run):
         return super().forward(batch, perturb={"embeddings": kept})
 
 
-TASKS = [
-    ("bert", "SEQ_CLS"),
-    ("bert", "multi_label_classification"),
-    ("bert", "regression"),
-    ("bert", "TOKEN_CLS"),
-    ("bert", "QUESTION_ANS"),
-    ("bert", "MASKED_LM"),
-    ("bert", "MULTIPLE_CHOICE"),
-    ("llama", "CAUSAL_LM"),
-    ("llama", "SEQ_CLS"),
-    ("t5", "SEQ_2_SEQ_LM"),
-    ("bart", "SEQ_2_SEQ_LM"),
-]
-
-
-def lively(name: str, task: str | None = None, **overrides: Any) -> nn.Module:
-    """A tiny model with weights ten times the usual size, whose predictions feel the noise."""
-    model = tiny(name, task, **overrides)
-    draw = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.2, generator=draw)
-    return model
-
-
-def model_and_batch(name: str, task: str, rows: int = 4) -> tuple[nn.Module, dict[str, Tensor]]:
-    if task == "multi_label_classification":
-        data = batch(name, rows=rows)
-        data["labels"] = torch.randint(0, 2, (rows, NUM_LABELS), generator=torch.Generator().manual_seed(0)).float()
-        return lively(name, problem_type=task), data
-    if task == "regression":
-        data = batch(name, rows=rows)
-        data["labels"] = data["labels"].float()
-        return lively(name, problem_type=task, num_labels=1), data
-    data = batch(name, task, rows=rows)
-    if (name, task) == ("llama", "SEQ_CLS"):  # given `inputs_embeds` it cannot find the last token before the padding
-        data["input_ids"] = data["input_ids"].clamp(min=MASK + 1)
-        data["attention_mask"] = torch.ones_like(data["attention_mask"])
-    return lively(name, task), data
-
-
-def two_passes(model: nn.Module, name: str, data: Mapping[str, Tensor], noise: Tensor) -> tuple[Any, Any]:
-    """The outputs of both passes, the second through `inputs_embeds`."""
-    inputs = {k: v for k, v in data.items() if k not in ("labels", "start_positions", "end_positions")}
-    if name in ("t5", "bart"):
-        labels = data["labels"]
-        start = model.config.decoder_start_token_id
-        before = labels[:, :-1].masked_fill(labels[:, :-1] == -100, PAD)
-        inputs["decoder_input_ids"] = torch.cat([torch.full_like(labels[:, :1], start), before], 1)
-        embeddings = model.get_encoder().embed_tokens
-    else:
-        embeddings = model.get_input_embeddings()
-    ids = inputs.pop("input_ids")
-    embedded = embeddings(ids)
-    assert not noise.requires_grad
-    noised = model(inputs_embeds=embedded + noise.view(embedded.shape), **inputs)
-    return model(input_ids=ids, **inputs), noised
-
-
-def kl_both_ways(a: Tensor, b: Tensor) -> Tensor:
-    log_p, log_q = a.log_softmax(-1), b.log_softmax(-1)
-    there = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
-    return there + F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1)
-
-
-def summed_distance(task: str, data: Mapping[str, Tensor], clean: Any, noised: Any) -> tuple[Tensor, int]:
-    """Σ of the distances, and over how many of them."""
-    match task:
-        case "QUESTION_ANS":
-            start = kl_both_ways(clean.start_logits, noised.start_logits)
-            end = kl_both_ways(clean.end_logits, noised.end_logits)
-            return (start + end).sum() / 2, len(start)
-        case "regression":
-            return (clean.logits - noised.logits).square().sum(), clean.logits.numel()
-        case "multi_label_classification":
-            pairs = [torch.stack([x.logits, torch.zeros_like(x.logits)], -1) for x in (clean, noised)]
-            return kl_both_ways(*pairs).sum(), clean.logits.numel()
-        case "SEQ_CLS" | "MULTIPLE_CHOICE":
-            return kl_both_ways(clean.logits, noised.logits).sum(), len(clean.logits)
-    a, b, labels = clean.logits, noised.logits, data["labels"]
-    if task == "CAUSAL_LM":
-        a, b, labels = a[:, :-1], b[:, :-1], labels[:, 1:]
-    known = labels != -100
-    return kl_both_ways(a, b)[known].sum(), int(known.sum())
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def distance(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
-    zero = torch.zeros(())
-    gap = sum((got.get(n, zero) - wanted.get(n, zero)).double().square().sum() for n in got.keys() | wanted.keys())
-    return float((gap / sum(g.double().square().sum() for g in wanted.values())).sqrt())
-
-
 @pytest.mark.parametrize("eps", [0.1, 1.0])
 @pytest.mark.parametrize("noise", ["uniform", "normal"])
 @pytest.mark.parametrize(("name", "task"), TASKS)
@@ -220,6 +64,7 @@ def test_value_and_gradient_against_plain_torch(name, task, noise, eps):
     value = term.sum / term.count
     value.backward()
 
+    assert not run.noise.requires_grad
     total, count = summed_distance(task, data, *two_passes(twin, name, data, run.noise))
     wanted = 0.7 * total / count
     wanted.backward()
@@ -246,30 +91,6 @@ def test_the_clean_pass_is_not_detached():
 # ---- in a run ----------------------------------------------------------------------------------------------------
 
 
-def arguments(folder: Any, **settings: Any) -> TrainingArguments:
-    defaults = {
-        "learning_rate": 1e-2,
-        "logging_strategy": "no",
-        "max_steps": 2,
-        "per_device_train_batch_size": 4,
-    }
-    return quiet(folder, **{**defaults, **settings})
-
-
-def rows_of(data: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    return [{key: value[i] for key, value in data.items()} for i in range(len(next(iter(data.values()))))]
-
-
-def trainer_of(model: nn.Module, rows: Sequence[Any], folder: Any, callbacks: Any = (), **settings: Any) -> Any:
-    return peft_plus.Trainer(
-        model,
-        arguments(folder, **settings),
-        train_dataset=list(rows),
-        data_collator=default_data_collator,
-        callbacks=list(callbacks),
-    )
-
-
 @pytest.mark.parametrize("tuner", ["lora", "full"])
 def test_weight_zero_is_the_plain_run_bit_for_bit(tuner, tmp_path):
     rows = rows_of(batch("bert", rows=16))
@@ -280,16 +101,6 @@ def test_weight_zero_is_the_plain_run_bit_for_bit(tuner, tmp_path):
         trainer_of(model, rows, tmp_path, max_steps=4, gradient_accumulation_steps=2).train()
         trained.append({n: p.detach().clone() for n, p in model.named_parameters()})
     assert all(torch.equal(trained[0][n], trained[1][n]) for n in trained[0])
-
-
-class Grab(TrainerCallback):
-    """The gradient of the first update, and the collated batches."""
-
-    def __init__(self) -> None:
-        self.gradients: dict[str, Tensor] = {}
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
-        self.gradients = self.gradients or gradients(model)
 
 
 class NoiseRecorder:
@@ -338,27 +149,6 @@ def test_the_whole_gradient_whatever_the_accumulation(name, task, tmp_path):
     (F.cross_entropy(clean.logits[wanted], data["labels"][wanted]) + 0.7 * total / count).backward()
     for _, got in found:
         assert distance(got, gradients(twin)) < 1e-4
-
-
-def sampler_order(number: int) -> Tensor:
-    """The rows as the Trainer's sampler hands them out, seen through a run of its own."""
-    seen: list[Tensor] = []
-
-    class Identity(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w = nn.Parameter(torch.zeros(()))
-
-        def forward(self, x: Tensor) -> dict[str, Tensor]:
-            seen.append(x)
-            return {"loss": self.w * x.sum()}
-
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        rows = [{"x": torch.tensor(float(i))} for i in range(number)]
-        trainer_of(Identity(), rows, folder, max_steps=1, per_device_train_batch_size=number).train()
-    return seen[0].long()
 
 
 def test_noise_differs_between_steps_and_seeds_and_comes_back(tmp_path):
@@ -461,7 +251,7 @@ def test_the_value_inside_a_peft_model(name, task, tuner):
 
 def test_noise_that_bf16_swallows_is_an_error(tmp_path):
     model = get_model(tiny("bert").bfloat16(), ["full", "r3f"])
-    with pytest.raises(PluginError, match=r"'r3f'.*vanishes in torch\.bfloat16.*fp32.*larger noise"):
+    with pytest.raises(PluginError, match=r"'r3f'.*vanishes in the embeddings in torch\.bfloat16.*fp32.*larger noise"):
         trainer_of(model, rows_of(batch("bert")), tmp_path).train()
 
 
