@@ -219,7 +219,7 @@ def _rehearse(source: loading.Source, tuner: Tuner, task: Task, method: Method) 
     except (NotImplementedError, RuntimeError):
         # Some initialisations read weights, which the skeleton has none of; the real build will tell.
         return
-    _check_layered(method, _params(model, _layers(model, method)))
+    _plan(model, method, tuner, task, {})
 
 
 def _finish(base: nn.Module, method: Method, tuner: Tuner, task: Task) -> nn.Module:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from .layers import transformers_model
@@ -45,6 +46,8 @@ def second_pass(
     if perturb and weights is not None:
         raise ValueError("A pass is perturbed or has other weights, not both.")
     kwargs = _without_labels(model, batch)
+    if isinstance(model, FSDPModule):
+        model.unshard()  # a backward pass since the first pass, e.g. for noise, has split the outermost module again
     if weights is not None:
         return _pass_with(model, kwargs, weights, trunk)
     # `forward`, not `__call__`: Accelerate's autocast wraps `forward`, and hooks of the first pass must not run twice.
@@ -190,7 +193,7 @@ class _Noise:
         noised = (output.float() + delta.float()).to(output.dtype)
         if output.dtype in (torch.bfloat16, torch.float16) and _mostly_lost(noised == output, delta != 0):
             raise ValueError(
-                f"Noise of size {float(delta.abs().max()):.1e} vanishes in {self._place} in {output.dtype}. Load "
+                f"Noise of size {float(delta.detach().abs().max()):.1e} vanishes in {self._place} in {output.dtype}. Load "
                 "the model in fp32 and train with bf16=True (autocast), or use larger noise."
             )
         return noised

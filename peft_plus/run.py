@@ -85,6 +85,11 @@ class Run:
         """Finished passes over the data, derived from the step, so that a resumed run agrees with itself."""
         return self.step // self.steps_per_epoch if self.steps_per_epoch else 0
 
+    @property
+    def rehearsal(self) -> bool:
+        """Whether the model is a skeleton without weights, in an `on_build` before any load: nothing to measure there."""
+        return all(parameter.is_meta for parameter in self.model.parameters())
+
     def forward(
         self,
         batch: Mapping[str, Any],
@@ -202,5 +207,6 @@ class Run:
             from .distributed import plain_parameters
             from .run_weights import RunWeights
 
-            self.weights = RunWeights(self.model, plain_parameters(self.model))
+            tensors = plain_parameters(self.model)
+            self.weights = RunWeights(self.model, {param.name: tensors[param.name] for param in self.params})
         return self.weights

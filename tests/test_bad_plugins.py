@@ -85,6 +85,7 @@ HOOKS: dict[str, tuple[int, int, str]] = {
     "next_change": (3, 3, "at step 3"),
     "lr_scale": (3, 3, "at step 3"),
     "loss_terms": (3, 3, "at step 3"),
+    "on_pre_optimizer_step": (3, 3, "at step 3"),
     "on_step_end": (4, 4, "at step 4"),
 }
 
@@ -117,7 +118,7 @@ def test_a_hook_raises_in_the_middle(hook: str, tmp_path: Path) -> None:
     assert not same(model, expected)
 
 
-@pytest.mark.parametrize("hook", ["sampler", "state_dict", "lr_key", "may_train", "lr_scale"])
+@pytest.mark.parametrize("hook", ["sampler", "ever_trains", "state_dict", "lr_key", "may_train", "lr_scale"])
 def test_a_hook_raises_before_the_first_pass_or_update(hook: str, tmp_path: Path) -> None:
     model = built(["lora", raising(hook, 0)])
     before, watch = weights(model), Watched(model)

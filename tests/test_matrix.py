@@ -23,21 +23,34 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, TrainingArguments
 
 from peft_plus import MethodError, fit, get_model
+from peft_plus.registry import FIRST_PARTY
 from tests.models import AUTO, batch, tiny
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "matrix.md"
 
-PLUGINS: dict[str, dict[str, Any]] = {
+ACROSS: dict[str, dict[str, Any]] = {
     "gradual_unfreeze": {"every": 1},
     "llrd": {"decay": 0.9},
     "r3f": {"eps": 0.1},
     "lp_ft": {"probe_epochs": 1.0},
     "length_buckets": {},
 }
-"""The plugins, with settings that let a run of four steps show what they do."""
+FREEZING: dict[str, dict[str, Any]] = {
+    "freeze": {"blocks": 1},
+    "freeze_plan": {"phases": [{"train": "block 2", "steps": 2}, {"train": "all"}]},
+    "chain_thaw": {"steps": 1},
+    "lisa": {"layers": 1, "period_steps": 1},
+    "autofreeze": {"interval_steps": 1},
+    "freezeout": {},
+    "plasticity_freeze": {"every": 1, "window": 2, "patience": 1},
+    "surgical": {"measure_steps": 1, "every": "once"},
+    "discriminative_lr": {},
+    "slanted_triangular": {},
+    "trunk_cache": {},
+}
+"""Plugins, with settings that let a run of four steps show what they do; one of each area, and all of freezing."""
 
 PRECISIONS = ("fp32", "nf4", "int8")
-COLUMNS = ("none", *PLUGINS, "all that fit")
 
 REASONS = {
     "C": (
@@ -52,45 +65,75 @@ REASONS = {
         "needs something to train beside the head",
         "`linear_probe` trains the head alone, so there is no second stage",
     ),
+    "N": ("matches nothing that trains", "nothing that the tuner trains lies there"),
+    "T": ("in front of the blocks", "what the tuner trains changes the output of every block in each step"),
     "P": ("a freshly initialised head", "the task keeps its pretrained head, so there is nothing to probe first"),
     "Q": ("quantised weights get no gradient", "`full` trains the base, and quantised weights get no gradient"),
 }
 """Letter → (what the error must say, what the page says)."""
 
-EXPECTED = {
-    "SEQ_CLS": """
-        tuner          precision      none  gradual_unfreeze  llrd  r3f  lp_ft  length_buckets  all
-        lora           fp32,nf4,int8  +     +                 +     +    +      +               +
-        rslora         fp32,nf4,int8  +     +                 +     +    +      +               +
-        dora           fp32,nf4       +     +                 +     +    +      +               +
-        dora           int8           C     C                 C     C    C      C               C
-        ia3            fp32,nf4,int8  +     +                 +     +    +      +               +
-        prefix_tuning  fp32,nf4,int8  +     D                 D     +    +      +               +
-        prompt_tuning  fp32,nf4,int8  +     D                 D     +    +      +               +
-        p_tuning       fp32,nf4,int8  +     D                 D     +    +      +               +
-        linear_probe   fp32,nf4,int8  +     D                 D     +    H      +               +
-        full           fp32           +     +                 +     +    +      +               +
-        full           nf4,int8       Q     Q                 Q     Q    Q      Q               Q
-    """,
-    "CAUSAL_LM": """
-        tuner          precision      none  gradual_unfreeze  llrd  r3f  lp_ft  length_buckets  all
-        lora           fp32,nf4,int8  +     +                 +     +    P      +               +
-        rslora         fp32,nf4,int8  +     +                 +     +    P      +               +
-        dora           fp32,nf4       +     +                 +     +    P      +               +
-        dora           int8           C     C                 C     C    C      C               C
-        ia3            fp32,nf4,int8  +     +                 +     +    P      +               +
-        prefix_tuning  fp32,nf4,int8  +     D                 D     +    P      +               +
-        prompt_tuning  fp32,nf4,int8  +     D                 D     +    P      +               +
-        p_tuning       fp32,nf4,int8  +     D                 D     +    P      +               +
-        linear_probe   fp32,nf4,int8  +     D                 D     +    PH     +               +
-        full           fp32           +     +                 +     +    P      +               +
-        full           nf4,int8       Q     Q                 Q     Q    Q      Q               Q
-    """,
+EXPECTED: dict[str, dict[str, str]] = {
+    "across": {
+        "SEQ_CLS": """
+            tuner          precision      none  gradual_unfreeze  llrd  r3f  lp_ft  length_buckets  all
+            lora           fp32,nf4,int8  +     +                 +     +    +      +               +
+            rslora         fp32,nf4,int8  +     +                 +     +    +      +               +
+            dora           fp32,nf4       +     +                 +     +    +      +               +
+            dora           int8           C     C                 C     C    C      C               C
+            ia3            fp32,nf4,int8  +     +                 +     +    +      +               +
+            prefix_tuning  fp32,nf4,int8  +     D                 D     +    +      +               +
+            prompt_tuning  fp32,nf4,int8  +     D                 D     +    +      +               +
+            p_tuning       fp32,nf4,int8  +     D                 D     +    +      +               +
+            linear_probe   fp32,nf4,int8  +     D                 D     +    H      +               +
+            full           fp32           +     +                 +     +    +      +               +
+            full           nf4,int8       Q     Q                 Q     Q    Q      Q               Q
+        """,
+        "CAUSAL_LM": """
+            tuner          precision      none  gradual_unfreeze  llrd  r3f  lp_ft  length_buckets  all
+            lora           fp32,nf4,int8  +     +                 +     +    P      +               +
+            rslora         fp32,nf4,int8  +     +                 +     +    P      +               +
+            dora           fp32,nf4       +     +                 +     +    P      +               +
+            dora           int8           C     C                 C     C    C      C               C
+            ia3            fp32,nf4,int8  +     +                 +     +    P      +               +
+            prefix_tuning  fp32,nf4,int8  +     D                 D     +    P      +               +
+            prompt_tuning  fp32,nf4,int8  +     D                 D     +    P      +               +
+            p_tuning       fp32,nf4,int8  +     D                 D     +    P      +               +
+            linear_probe   fp32,nf4,int8  +     D                 D     +    PH     +               +
+            full           fp32           +     +                 +     +    P      +               +
+            full           nf4,int8       Q     Q                 Q     Q    Q      Q               Q
+        """,
+    },
+    "freezing": {
+        "SEQ_CLS": """
+            tuner          precision      none  freeze  freeze_plan  chain_thaw  lisa  autofreeze  freezeout  plasticity_freeze  surgical  discriminative_lr  slanted_triangular  trunk_cache  ULMFiT
+            lora           fp32,nf4,int8  +     +       +            +           +     +           +          +                  +         +                  +                   +            +
+            dora           fp32           +     +       +            +           +     +           +          +                  +         +                  +                   +            +
+            ia3            fp32,nf4       +     +       +            +           +     +           +          +                  +         +                  +                   +            +
+            prefix_tuning  fp32           +     N       N            D           D     D           D          D                  D         D                  +                   T            D
+            prompt_tuning  fp32           +     N       N            D           D     D           D          D                  D         D                  +                   T            D
+            linear_probe   fp32           +     N       N            D           D     D           D          D                  D         D                  +                   +            D
+            full           fp32           +     +       +            +           +     +           +          +                  +         +                  +                   +            +
+        """,  # noqa: E501
+        "CAUSAL_LM": """
+            tuner          precision  none  freeze  freeze_plan  chain_thaw  lisa  autofreeze  freezeout  plasticity_freeze  surgical  discriminative_lr  slanted_triangular  trunk_cache  ULMFiT
+            lora           fp32,nf4   +     +       +            +           +     +           +          +                  +         +                  +                   +            +
+            prompt_tuning  fp32       +     N       N            D           D     D           D          D                  D         D                  +                   T            D
+            full           fp32       +     +       +            +           +     +           +          +                  +         +                  +                   +            +
+        """,  # noqa: E501
+    },
 }
-"""Task → its table: `+` works, letters are reasons of a refusal (the first is what the error says)."""
+"""Page's part → task → its table: `+` works, letters are reasons of a refusal (the first is what the error says)."""
 
 MODELS = {"SEQ_CLS": "bert", "CAUSAL_LM": "llama"}
 HEADS = {"SEQ_CLS": "classifier", "CAUSAL_LM": "lm_head"}
+
+
+ULMFIT = ("gradual_unfreeze", "discriminative_lr", "slanted_triangular")
+
+PARTS = {"across": (ACROSS, "all that fit"), "freezing": (FREEZING, "ULMFiT: all three")}
+"""Page's part → its plugins, and the last column, in which several are at work."""
+
+PLUGINS = ACROSS | FREEZING
 
 
 @dataclass(frozen=True)
@@ -110,20 +153,36 @@ class Cell:
         return {self.tuner: {}} | {name: PLUGINS[name] for name in self.plugins}
 
 
-def rows(task: str) -> list[tuple[str, tuple[str, ...], list[str]]]:
+def columns(part: str) -> tuple[str, ...]:
+    plugins, last = PARTS[part]
+    return ("none", *plugins, last)
+
+
+def rows(part: str, task: str) -> list[tuple[str, tuple[str, ...], list[str]]]:
     """The lines of a table: tuner, precisions, outcome of each column."""
-    lines = [line.split() for line in EXPECTED[task].strip().splitlines()[1:]]
+    lines = [line.split() for line in EXPECTED[part][task].strip().splitlines()[1:]]
     return [(tuner, tuple(precision.split(",")), outcomes) for tuner, precision, *outcomes in lines]
 
 
+def together(part: str, outcomes: list[str]) -> tuple[str, ...]:
+    """What is at work in the last column."""
+    if part == "freezing":
+        return ULMFIT
+    return tuple(p for p, outcome in zip(ACROSS, outcomes[1:], strict=False) if outcome in ("+", "C", "Q"))
+
+
 def cells() -> Iterator[Cell]:
-    for task in EXPECTED:
-        for tuner, precisions, outcomes in rows(task):
-            fitting = tuple(p for p, outcome in zip(PLUGINS, outcomes[1:], strict=False) if outcome in ("+", "C", "Q"))
-            members = [(), *((p,) for p in PLUGINS), fitting]
-            for precision in precisions:
-                for column, outcome, plugins in zip(COLUMNS, outcomes, members, strict=True):
-                    yield Cell(task, tuner, column, precision, outcome, plugins)
+    for part, (plugins, _) in PARTS.items():
+        for task in EXPECTED[part]:
+            for tuner, precisions, outcomes in rows(part, task):
+                alone: list[tuple[str, ...]] = [(plugin,) for plugin in plugins]
+                if part == "freezing" and outcomes[1] == "+":  # where everything trains there is nothing to store
+                    alone[-1] = ("freeze", "trunk_cache")
+                members = [(), *alone, together(part, outcomes)]
+                for precision in precisions:
+                    for column, outcome, named in zip(columns(part), outcomes, members, strict=True):
+                        if part == "across" or column != "none":  # which is in the other part already
+                            yield Cell(task, tuner, column, precision, outcome, named)
 
 
 CELLS = list(cells())
@@ -235,7 +294,11 @@ def test_refused_before_the_weights_load(cell: Cell, bases: dict[str, Path], mon
 
 
 def test_every_cell_is_in_the_table() -> None:
-    assert len(CELLS) == len({str(cell) for cell in CELLS}) == 2 * 9 * len(COLUMNS) * len(PRECISIONS)
+    assert len(CELLS) == len({str(cell) for cell in CELLS})
+    across = [cell for cell in CELLS if cell.column in columns("across")]
+    assert len(across) == 2 * 9 * len(columns("across")) * len(PRECISIONS)
+    freezing = {name for name, home in FIRST_PARTY.items() if home == "peft-plus-freezing"}
+    assert freezing <= PLUGINS.keys()
 
 
 def test_page_says_what_was_found() -> None:
@@ -256,14 +319,19 @@ def page() -> str:
         "",
         *(f"- **{letter}**: {text}." for letter, (_, text) in REASONS.items()),
         "",
-        "*All that fit* is the tuner with every plugin that has a ✓ in its row.",
+        "*All that fit* is the tuner with every plugin that has a ✓ in its row. `trunk_cache` stands beside",
+        "`freeze` where that can freeze anything: where everything trains there is nothing to store.",
     ]
-    for task, title in kinds.items():
-        head = ["tuner", "precision", *(f"`{c}`" if c in PLUGINS else c for c in COLUMNS)]
-        lines += ["", f"## {title}", "", "| " + " | ".join(head) + " |", "|---" * 2 + "|:-:" * len(COLUMNS) + "|"]
-        for tuner, precisions, outcomes in rows(task):
-            marks = ["✓" if outcome == "+" else ", ".join(outcome) for outcome in outcomes]
-            lines.append("| " + " | ".join([f"`{tuner}`", ", ".join(precisions), *marks]) + " |")
+    headings = {"across": "", "freezing": ": freezing"}
+    for part, heading in headings.items():
+        for task, title in kinds.items():
+            names = columns(part)
+            head = ["tuner", "precision", *(f"`{c}`" if c in PLUGINS else c for c in names)]
+            lines += ["", f"## {title}{heading}", "", "| " + " | ".join(head) + " |"]
+            lines.append("|---" * 2 + "|:-:" * len(names) + "|")
+            for tuner, precisions, outcomes in rows(part, task):
+                marks = ["✓" if outcome == "+" else ", ".join(outcome) for outcome in outcomes]
+                lines.append("| " + " | ".join([f"`{tuner}`", ", ".join(precisions), *marks]) + " |")
     return "\n".join(lines) + "\n"
 
 

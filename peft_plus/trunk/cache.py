@@ -35,7 +35,7 @@ from .passes import Trunk
 from .rows import Rows, UnknownRows, rows_of
 from .space import check_space
 from .store import FeatureStore, rank
-from .trial import WITHOUT, check_alone, check_model, check_pass, compare, far, moves
+from .trial import WITHOUT, check_mates, check_model, check_pass, compare, far, moves, padding_matters
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +100,7 @@ class TrunkCache:
         self._lifted = self._filling = self._gave_up = False
         self._compared = False
         self._by_place: bool | None = None  # whether padding on the left moves positions; None: not known yet
+        self._matters: dict[bool, bool] = {}  # left or right → whether what the trunk makes of padding counts
         self._passes = 0  # whole ones over the data
         self._served, self._computed = 0, 0  # rows since the last look
         self._install()
@@ -303,19 +304,33 @@ class TrunkCache:
         assert stored is not None
         if not self._compared:
             compare(self.model, self._native, trunk, given)
-            check_alone(self._native, trunk, given, rows, features)
+            check_mates(self._native, trunk, given, features)
             self._check_stored(rows, features, stored)
             self._compared = True
         return stored
 
     def _rows(self, trunk: Trunk, given: Mapping[str, Any]) -> Rows:
         mask = given.get("attention_mask")
-        if self._by_place is None and isinstance(mask, Tensor) and 2 <= mask.dim() <= 3 and not mask[..., 0].all():
-            self._by_place = moves(self._native, trunk, given, mask)
+        if isinstance(mask, Tensor) and 2 <= mask.dim() <= 3:
+            self._look_at_padding(trunk, given, mask)
+        whole = any(self._matters.values())
         try:
-            return rows_of(given, by_place=bool(self._by_place), encoder_only=self._encoder_only)
+            return rows_of(given, by_place=bool(self._by_place), whole=whole, encoder_only=self._encoder_only)
         except UnknownRows as error:
             raise MethodError(f"trunk_cache cannot tell the examples of a batch apart: {error}. {WITHOUT}") from None
+
+    def _look_at_padding(self, trunk: Trunk, given: Mapping[str, Any], mask: Tensor) -> None:
+        """Find out what padding does to a row, once there is some."""
+        for left in (True, False):
+            if left not in self._matters and not bool(mask[..., 0 if left else -1].all()):
+                self._matters[left] = padding_matters(self.model, self._native, trunk, given, mask, left=left)
+                if self._matters[left]:
+                    logger.info(
+                        "Padding on the %s counts in this model, so an example that is padded further is stored anew.",
+                        "left" if left else "right",
+                    )
+        if self._by_place is None and mask.dim() == 2 and bool(((mask[:, 0] == 0) & mask.bool().any(1)).any()):
+            self._by_place = moves(self._native, trunk, given, mask)
 
     def _read(self, rows: Rows, given: Mapping[str, Any], otherwise: Sequence[Tensor] | None = None) -> Tensor | None:
         assert self._store is not None

@@ -31,7 +31,7 @@ class Rows:
 
     Attributes:
         keys: the name of each row.
-        spans: the real tokens of each row: first, and one past the last. None where the batch has no mask: all are.
+        spans: the real tokens of each row: first, and one past the last. None where all are kept.
     """
 
     keys: Sequence[bytes]
@@ -42,12 +42,15 @@ class UnknownRows(ValueError):
     """The batch cannot be told apart by rows."""
 
 
-def rows_of(batch: Mapping[str, Any], *, by_place: bool, encoder_only: bool = False) -> Rows:
+def rows_of(
+    batch: Mapping[str, Any], *, by_place: bool = True, whole: bool = False, encoder_only: bool = False
+) -> Rows:
     """Name the rows of a batch.
 
     Args:
         batch: the arguments of the model.
         by_place: whether padding on the left moves a row's positions, so that it counts as another row.
+        whole: whether padding is part of a row, so that a row that is padded otherwise is another one.
         encoder_only: the trunk is an encoder's, and what the decoder is given does not count.
     Raises:
         UnknownRows: an argument has no rows, or carries a gradient.
@@ -69,8 +72,8 @@ def rows_of(batch: Mapping[str, Any], *, by_place: bool, encoder_only: bool = Fa
         if len(array) not in (1, count):
             raise UnknownRows(f"{name!r} has {len(array)} rows and others have {count}")
     mask = arrays.get("attention_mask")
-    if mask is not None and mask.ndim != 2:
-        mask = None  # who may look at whom: all tokens are kept, and the mask is part of the row
+    if mask is not None and (whole or mask.ndim != 2):  # of more dimensions: who may look at whom
+        mask = None
     placed = by_place and "position_ids" not in arrays
     spans = None if mask is None else [_span(mask[row if len(mask) > 1 else 0]) for row in range(count)]
     by_token = {name for name, value in tensors.items() if is_by_token(name, value)}

@@ -255,6 +255,8 @@ class _Segment:
 
     def append(self, key: bytes, array: np.ndarray) -> int:
         assert self._writer is not None
+        if os.fstat(self._writer.fileno()).st_size != self.size:  # what was cut off would come back as zeros
+            raise OSError(f"{self.file} was changed by somebody")
         data = array.tobytes()
         if self._writer.write(data) != len(data):
             os.truncate(self._writer.fileno(), self.size)  # half a row

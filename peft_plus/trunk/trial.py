@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import MethodError
 from .passes import Trunk, eval_mode
-from .rows import Rows, is_by_token
+from .rows import is_by_token
 
 WITHOUT = "Train without trunk_cache: everything else stays the same."
 
@@ -62,19 +63,16 @@ def compare(model: nn.Module, forward: Callable[..., Any], trunk: Trunk, given: 
     """
     few = part(given, slice(0, 2))
     features = trunk.features(forward, few)
-    with torch.no_grad(), eval_mode(model):
+    with _trial(model):
         plain = forward(**few)
         try:
             with trunk.skipping(features):
                 skipped = forward(**few)
         except Exception as error:
             raise _differs(trunk, f"fails ({type(error).__name__}: {error})") from error
-    torch.clear_autocast_cache()  # weights that were cast without a gradient would train on nothing in this pass
-    mask = few.get("attention_mask")
-    real = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-    for name, a, b in zip(("loss", "output"), _figures(plain, real), _figures(skipped, real), strict=True):
-        if len(a) != len(b) or (len(a) and float((a - b).abs().max()) > _SAME * float(a.abs().max().clamp(min=1))):
-            raise _differs(trunk, f"gives another {name}")
+    what = _difference(plain, skipped)
+    if what is not None:
+        raise _differs(trunk, f"gives another {what}")
 
 
 def _differs(trunk: Trunk, why: str) -> MethodError:
@@ -85,29 +83,60 @@ def _differs(trunk: Trunk, why: str) -> MethodError:
     )
 
 
-def check_alone(
-    forward: Callable[..., Any], trunk: Trunk, given: Mapping[str, Any], rows: Rows, features: Tensor
-) -> None:
-    """A row must have the same features without its batch mates, and without the padding that they brought.
+def check_mates(forward: Callable[..., Any], trunk: Trunk, given: Mapping[str, Any], features: Tensor) -> None:
+    """An example must have the same features without its batch mates.
 
     Raises:
         MethodError: it has not, so that its features could not be found again in another batch.
     """
-    spans = rows.spans or [(0, features.shape[1])] * len(features)
-    row = min(range(len(spans)), key=lambda place: spans[place][1] - spans[place][0])
-    first, end = spans[row]
-    mask = given.get("attention_mask")
-    if len(features) == 1 and end == features.shape[1]:
-        return
-    if isinstance(mask, Tensor) and mask.dim() > 2:  # several texts of an example
-        return
-    alone = trunk.features(forward, part(given, slice(row, row + 1), slice(0, end)))
-    if alone.shape[0] == 1 and alone.shape[1] == end and not far(alone[:, first:], features[row : row + 1, first:end]):
-        return
-    raise MethodError(
-        f"Block {trunk.depth} makes something else of an example when it stands in another batch, or is padded "
-        f"further, so trunk_cache cannot store what it makes of it. {WITHOUT}"
-    )
+    alone = trunk.features(forward, part(given, slice(0, 1)))
+    if alone.shape[1:] != features.shape[1:] or far(alone, features[: len(alone)]):
+        raise MethodError(
+            f"Block {trunk.depth} makes something else of an example when it stands in another batch, so trunk_cache "
+            f"cannot store what it makes of it. {WITHOUT}"
+        )
+
+
+def padding_matters(
+    model: nn.Module, forward: Callable[..., Any], trunk: Trunk, given: Mapping[str, Any], mask: Tensor, *, left: bool
+) -> bool:
+    """Whether anything that counts depends on what the trunk makes of padding, or on how much of it there is.
+
+    It does where a head looks at it (spans are chosen among all tokens, a causal model predicts its first token from
+    the padding on its left, BERT reads its first token, which may be padding), or where the trunk does (convolutions).
+
+    Args:
+        mask: of the batch, (…, tokens).
+        left: on the left, or on the right.
+    """
+    amount = (mask == 0).cumprod(-1).sum(-1) if left else (mask == 0).flip(-1).cumprod(-1).sum(-1)
+    rows = amount.flatten(1).amax(1) if amount.dim() > 1 else amount
+    few = part(given, rows.argsort(descending=True)[:2].sort().values)
+    real = few["attention_mask"].flatten(0, -2).bool()
+    features = trunk.features(forward, few)
+    if not left and mask.dim() == 2:
+        row = int(real.sum(1).argmin())
+        end = int(real[row].nonzero()[-1]) + 1 if bool(real[row].any()) else real.shape[1]
+        shorter = trunk.features(forward, part(few, slice(row, row + 1), slice(0, end)))
+        if shorter.shape[1] != end or far(shorter, features[row : row + 1, :end]):
+            return True
+    counts = real.clone()
+    counts[:, :-1] |= real[:, 1:]  # also what may predict the first one
+    zero = features * real.view(*real.shape, *[1] * (features.dim() - 2))
+    with _trial(model):
+        outputs = []
+        for one in (features, zero):
+            with trunk.skipping(one):
+                outputs.append(forward(**few))
+    return _difference(*outputs, counts) is not None
+
+
+@contextmanager
+def _trial(model: nn.Module) -> Generator[None]:
+    """For a pass in the middle of another, in eval mode and without a gradient."""
+    with torch.no_grad(), eval_mode(model):
+        yield
+    torch.clear_autocast_cache()  # older versions of torch keep weights that were cast without a gradient
 
 
 def far(one: Tensor, other: Tensor) -> bool:
@@ -117,23 +146,17 @@ def far(one: Tensor, other: Tensor) -> bool:
     return bool(((one - other).norm(dim=-1) > _CLOSE * size.clamp(min=1e-3 * float(size.max()))).any())
 
 
-def moves(forward: Callable[..., Any], trunk: Trunk, given: Mapping[str, Any], mask: Tensor) -> bool | None:
+def moves(forward: Callable[..., Any], trunk: Trunk, given: Mapping[str, Any], mask: Tensor) -> bool:
     """Whether one more padding token on the left changes what the trunk makes of the real ones.
 
     It does where positions are counted from the left edge (GPT-2, BERT), not where they are relative or counted by the
     mask.
 
     Args:
-        mask: of the batch.
-    Returns: None if no row of this batch can tell.
+        mask: of the batch, with padding on the left, (rows, tokens).
     """
-    if mask.dim() != 2:
-        return True  # several texts of an example: not worth a trial
-    padded = [row for row in range(len(mask)) if bool(mask[row].any()) and not bool(mask[row, 0])]
-    if not padded:
-        return None
-    row, first = padded[0], int(mask[padded[0]].nonzero()[0])
-    pair = []
+    row = int(((mask[:, 0] == 0) & mask.bool().any(1)).nonzero()[0])
+    first, pair = int(mask[row].nonzero()[0]), []
     for start in (first, first - 1):
         features = trunk.features(forward, part(given, slice(row, row + 1), slice(start, None)))
         pair.append(features[:, first - start :].float())
@@ -142,7 +165,7 @@ def moves(forward: Callable[..., Any], trunk: Trunk, given: Mapping[str, Any], m
     return float(apart.median()) > (_MOVED_IN_HALF_PRECISION if half else _MOVED[trunk.dtype])
 
 
-def part(given: Mapping[str, Any], rows: slice, tokens: slice = slice(None)) -> dict[str, Any]:
+def part(given: Mapping[str, Any], rows: slice | Tensor, tokens: slice = slice(None)) -> dict[str, Any]:
     """A batch of some rows of another, and of these only some tokens."""
     count = max((len(value) for value in given.values() if isinstance(value, Tensor) and value.dim()), default=0)
     mask = given.get("attention_mask")
@@ -157,8 +180,20 @@ def part(given: Mapping[str, Any], rows: slice, tokens: slice = slice(None)) -> 
     return kept
 
 
-def _figures(output: Any, real: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A pass's losses, and all else that it put out at real tokens, as two vectors in fp32."""
+def _difference(one: Any, other: Any, counts: Tensor | None = None) -> str | None:
+    """What differs between the outputs of two passes; None if nothing does.
+
+    Args:
+        counts: at which tokens they are looked at, (rows, tokens); None for all.
+    """
+    for what, a, b in zip(("loss", "output"), _figures(one, counts), _figures(other, counts), strict=True):
+        if len(a) != len(b) or (len(a) and float((a - b).abs().max()) > _SAME * float(a.abs().max().clamp(min=1))):
+            return what
+    return None
+
+
+def _figures(output: Any, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A pass's losses, and all else that it put out, as two vectors in fp32."""
     losses: list[Tensor] = []
     others: list[Tensor] = []
     items = output.items() if isinstance(output, Mapping) else enumerate(output)
@@ -168,7 +203,7 @@ def _figures(output: Any, real: Tensor | None) -> tuple[Tensor, Tensor]:
         if value.dim() == 0:
             losses.append(value.float())
             continue
-        at_tokens = real is not None and value.shape[:2] == real.shape
-        others.append((value[real] if at_tokens else value).float().flatten())
+        at_tokens = counts is not None and value.shape[:2] == counts.shape
+        others.append((value[counts] if at_tokens else value).float().flatten())
     nothing = torch.zeros(0)
     return torch.stack(losses) if losses else nothing, torch.cat(others) if others else nothing

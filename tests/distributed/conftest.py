@@ -26,7 +26,7 @@ RESUMED = ("all, AdamW, fp32", "thawed, in turns", "told, AdamW")
 
 LAUNCHED = {
     "trainer": (
-        *("lora", "full", "gradual_unfreeze", "llrd", "r3f", "all", "all, AdamW"),
+        *("lora", "full", "gradual_unfreeze", "llrd", "r3f", "smart", "all", "all, AdamW"),
         *("freeze", "freeze_plan", "chain_thaw"),
         *("lisa", "freezeout", "autofreeze", "surgical", "surgical, snr"),
         *("accumulation", "accumulation, Llama", "accumulation, T5", "checkpointing", "checkpointing, Llama"),
@@ -37,7 +37,7 @@ LAUNCHED = {
     "session": ("lora", "all", "accumulation, Llama", "checkpointing", "incomplete"),
     "fsdp2": (
         *("lora", "gradual_unfreeze", "llrd", "lisa, AdamW", "surgical", "r3f", "all", "accumulation", "checkpointing"),
-        *("thawed", *RESUMED),
+        *("smart, without a teacher", "thawed", *RESUMED),
     ),
     "trainer, evaluated": ("told",),
     "fsdp2, evaluated": ("told", "told, AdamW"),

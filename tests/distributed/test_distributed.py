@@ -15,7 +15,7 @@ from peft import LoraConfig
 from torch import nn
 
 import peft_plus
-from peft_plus import MethodError, get_model
+from peft_plus import MethodError, Plugin, get_model
 from peft_plus.arguments import check_arguments
 from peft_plus.distributed import (
     check_accelerator,
@@ -158,6 +158,34 @@ def test_zero_with_flips_is_refused(stage: int) -> None:
 def test_deepspeed_without_flips_is_fine(method: Any, stage: int) -> None:
     model = get_model(tiny("bert"), method)
     check_accelerator(model.peft_plus, model, accelerator(deepspeed=stage))
+
+
+class Looks(Plugin):
+    name = "looks"
+
+    def on_pre_optimizer_step(self, run):
+        pass
+
+
+class Forgets(Plugin):
+    name = "forgets"
+    on_freeze = "drop_state"
+
+    def may_train(self, run, param):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("plugin", "says"),
+    [
+        (Looks(), "'looks'.*looks at the gradients before each update, but DeepSpeed updates inside the backward"),
+        (Forgets(), "'forgets'.*drops the optimizer's state of what it freezes, which DeepSpeed keeps"),
+    ],
+)
+def test_deepspeed_hides_gradients_and_states(plugin: Plugin, says: str) -> None:
+    model = get_model(tiny("bert"), ["lora", plugin])
+    with pytest.raises(MethodError, match=says):
+        check_accelerator(model.peft_plus, model, accelerator(deepspeed=0))
 
 
 def test_deepspeed_with_rates_is_refused() -> None:

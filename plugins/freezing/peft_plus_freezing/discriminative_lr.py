@@ -40,7 +40,7 @@ class DiscriminativeLR(Plugin):
 
     def on_build(self, run: Run) -> None:
         lowest = discriminative_rate(run.depths[-1], run.depths, factor=self.factor)
-        if lowest < HARDLY:
+        if lowest < HARDLY and not run.rehearsal:
             logger.warning(
                 "discriminative_lr(factor=%g): of %d depths the lowest gets %.1e of the learning rate, and will hardly "
                 "move. With factor=%.2f it would get a thousandth.",

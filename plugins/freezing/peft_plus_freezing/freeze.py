@@ -68,7 +68,9 @@ class Freeze(Plugin):
         ):
             if depths and not any(param.depth in depths for param in run.params):
                 there = counts(run.params, run.num_blocks)
-                raise ValueError(f"{setting} matches nothing that trains. The tuner trains {there}.")
+                raise ValueError(
+                    f"{setting} matches nothing that trains: the tuner trains {there}. Drop it, or take another tuner."
+                )
         chosen(self._patterns, run, "patterns")
         for pattern, params in chosen(self._all_but, run, "all_but").items():
             if not any(self._named(param, run.num_blocks) for param in params):
@@ -82,9 +84,9 @@ class Freeze(Plugin):
                 f"nothing is left to train: freeze matches all of {counts(frozen, run.num_blocks)}. Freeze less, name "
                 "what trains in all_but, or let the tuner reach more."
             )
-        logger.info(
-            "freeze: frozen is %s. What trains is %s.", counts(frozen, run.num_blocks), counts(left, run.num_blocks)
-        )
+        if not run.rehearsal:
+            there, here = counts(frozen, run.num_blocks), counts(left, run.num_blocks)
+            logger.info("freeze: frozen is %s. What trains is %s.", there, here)
 
     def ever_trains(self, run: Run, param: Param) -> bool:
         return not self._named(param, run.num_blocks) or any_matches(self._all_but, param, run.num_blocks)

@@ -53,9 +53,11 @@ class FreezePlan(Phased):
             found = chosen(phase.train, run, f"phases[{number}]: train")
             names = {param.name for params in found.values() for param in params}
             trained = [param for param in run.params if param.name in names]
+            if run.rehearsal:
+                continue
             logger.info("freeze_plan, phase %d trains %s.", number + 1, counts(trained, run.num_blocks))
         never = [param for param in run.params if not self.ever_trains(run, param)]
-        if never:
+        if never and not run.rehearsal:
             logger.info("freeze_plan: no phase trains %s.", counts(never, run.num_blocks))
 
     def ever_trains(self, run: Run, param: Param) -> bool:

@@ -56,7 +56,8 @@ class LISA(Plugin):
                 f"layers={self.layers}: something may train in {len(blocks)} of the model's {run.num_blocks} blocks; "
                 f"give at most {len(blocks)}."
             )
-        if not self.head and any(param.part == "head" for param in run.params) and run.task.new_head:
+        fresh = run.task.new_head and any(param.part == "head" for param in run.params)
+        if fresh and not self.head and not run.rehearsal:
             logger.warning("lisa(head=False) leaves the freshly drawn head as it is: nothing will ever train it.")
 
     def ever_trains(self, run: Run, param: Param) -> bool:

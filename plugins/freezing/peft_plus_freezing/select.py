@@ -148,14 +148,14 @@ def _why_nothing(pattern: str, names: Sequence[str], run: Run) -> str:
     if depths is not None:
         if not depths:
             return f"{pattern!r} is past the depth of this model, which has {run.num_blocks} blocks."
-        return f"{pattern!r} matches nothing that trains; what trains lies in: {there}."
-    still = [name for name in names if matches(pattern, name, -1, run.num_blocks)]
+        return f"{pattern!r} matches nothing that trains; what trains lies in: {there}. Drop it, or name one of these."
+    spelt = ((name, {name, name.replace(".base_layer.", ".")}) for name in names)  # as before PEFT wrapped it
+    still = [name for name, ways in spelt if any(matches(pattern, way, -1, run.num_blocks) for way in ways)]
     if still:
-        packed = any(not tensor.is_floating_point() for tensor in map(run.model.get_parameter, still[:1000]))
-        why = "it is quantised, and packed weights get no gradient" if packed else "the tuner leaves them frozen"
         return (
-            f"{pattern!r} matches only weights that never train ({len(still)}, e.g. {still[0]!r}): {why}. What trains "
-            f"is, e.g., {run.params[0].name!r}."
+            f"{pattern!r} matches only weights that never train ({len(still)}, e.g. {still[0]!r}): the tuner leaves "
+            "the base frozen, and packed into 4 or 8 bits it gets no gradient at all. What trains is, e.g., "
+            f"{run.params[0].name!r}."
         )
     words = {*WORDS, *(place(depth, run.num_blocks) for depth in here)}
     pieces = {piece for name in names for piece in name.split(".") if not piece.isdigit()}

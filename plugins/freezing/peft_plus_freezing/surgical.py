@@ -84,7 +84,7 @@ class Surgical(Plugin):
                 raise ValueError(f"{setting}={getattr(self, setting)} goes only with criterion='snr'.")
 
     def on_build(self, run: Run) -> None:
-        if self.criterion == "rgn":
+        if self.criterion == "rgn" and not run.rehearsal:
             norms: dict[int, float] = {}
             for param in self._measured(run):
                 norms[param.depth] = norms.get(param.depth, 0.0) + float(run.weight(param).norm())

@@ -15,14 +15,14 @@ class TrunkCache(Plugin):
     """Store what the frozen lower blocks put out for each example, and look it up from the second epoch on.
 
     With the lowest k of L blocks frozen, f = k/L, and a head that costs h forward passes of all blocks, a step takes
-    (2(1 − f) + 2h) / (2 − f + 2h) of its time. The frozen blocks are in eval mode then, so their dropout is off. Where a
-    schedule thaws block j at a known step, the store serves until then, and what lies above goes on exactly.
+    (2(1 − f) + 2h) / (2 − f + 2h) of its time. The frozen blocks are in eval mode then, so their dropout is off. Where
+    a schedule thaws block j at a known step, the store serves until then, and training goes on exactly.
 
     Args:
         folder: where stores are kept, each under a fingerprint of all that it depends on, so that later runs and other
             processes find it. None: beside the run's checkpoints, until the run has finished.
         dtype: `"exact"` stores features as they are, `"bf16"` rounds them: half the disk of fp32.
-        limit_gb: a store that would be larger, in gigabytes (10⁹ bytes), > 0, is refused before training, or ends there.
+        limit_gb: in gigabytes (10⁹ bytes), > 0; a store that would be larger is refused before training, or ends there.
         fill: `"first_epoch"` stores what the first epoch computes anyway; `"before"` goes through the data once before
             the first step, in batches sorted by length.
     Raises:

@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import default_data_collator
 
 import peft_plus
-from peft_plus import MethodError, get_model
+from peft_plus import MethodError, attach, get_model
 from peft_plus_freezing.freeze import frozen_depths
 from tests.bare_loop import BareLoop, check_resume, on_nf4
 from tests.evaluated_loop import EvaluatedLoop, changed, weights
@@ -92,9 +92,11 @@ def test_adapters_on_nf4_by_depth_and_packed_weights_are_refused(tmp_path: Any) 
     model = on_nf4({"lora": {}, "freeze": {"blocks": -1}}, tmp_path)
     loop = EvaluatedLoop(model, steps=2).run()
     assert {depth_of(name, 3) for name in set.union(*loop.moved)} == {3, 4}
-    message = "matches only weights that never train .*: it is quantised, and packed weights get no gradient"
+    message = "matches only weights that never train .*: the tuner leaves the base frozen, and packed into 4 or 8 bits"
     with pytest.raises(MethodError, match=message):
-        on_nf4({"lora": {}, "freeze": {"patterns": "query.base_layer.weight"}}, tmp_path)
+        on_nf4({"lora": {}, "freeze": {"patterns": "query.weight"}}, tmp_path)
+    with pytest.raises(MethodError, match=message):
+        attach(model, {"freeze": {"patterns": "query.base_layer.weight"}})
 
 
 def test_trls_sft_trainer_with_checkpointing(tmp_path: Any) -> None:
@@ -178,7 +180,7 @@ def test_settings_that_do_not_fit_are_refused_with_the_plugins_name(settings: di
     ("method", "message"),
     [
         ({"lora": {}, "freeze": {"embeddings": True}}, "embeddings=True matches nothing that trains"),
-        ({"linear_probe": {}, "freeze": {"blocks": 1}}, "blocks=1 matches nothing that trains. The tuner trains head"),
+        ({"linear_probe": {}, "freeze": {"blocks": 1}}, "blocks=1 matches nothing that trains: the tuner trains head"),
         ({"linear_probe": {}, "freeze": {"patterns": "head"}}, "nothing is left to train"),
     ],
     ids=str,

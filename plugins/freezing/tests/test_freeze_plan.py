@@ -392,7 +392,7 @@ def test_packed_base_weights_are_refused_and_adapters_train_by_phase(tmp_path: A
     phases = [{"train": "head", "steps": 1}, {"train": ["block 3", "head"]}]
     loop = EvaluatedLoop(on_nf4({"lora": {}, "freeze_plan": {"phases": phases}}, tmp_path), steps=3).run()
     assert [depths(moved) for moved in loop.moved] == [{4}, {3, 4}, {3, 4}]
-    with pytest.raises(MethodError, match="it is quantised, and packed weights get no gradient"):
+    with pytest.raises(MethodError, match="packed into 4 or 8 bits it gets no gradient at all"):
         on_nf4({"lora": {}, "freeze_plan": {"phases": [{"train": "*.base_layer.weight"}]}}, tmp_path)
 
 

@@ -101,7 +101,7 @@ def run_of(tuner: str = "lora", **settings: Any) -> Any:
         ("block 4", "'block 4' is past the depth of this model, which has 3 blocks"),
         ("blocks 2-9", "past the depth"),
         ("embeddings", r"'embeddings' matches nothing that trains; what trains lies in: block 1, block 2, .*head"),
-        ("*.base_layer.*", r"matches only weights that never train \(12, .*: the tuner leaves them frozen"),
+        ("*.base_layer.*", r"matches only weights that never train \(12, .*: the tuner leaves the base frozen"),
         ("lora_C", r"matches nothing\. Did you mean 'lora_B'\?"),
         ("haed", "Did you mean 'head'?"),
         ("re:layer[.]7", "'re:layer.*7' matches nothing"),

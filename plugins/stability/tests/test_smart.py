@@ -1,9 +1,10 @@
-"""SMART against plain torch: a second model, the same start, ascent by hand, and a teacher that is a model of its own."""
+"""SMART against plain torch: a second model, the same start, ascent by hand, a teacher that is a model of its own."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pytest
@@ -538,9 +539,9 @@ class Passes(TrainerCallback):
         self.counts = [0, 0, 0]
         for n, module in model.named_modules():
             if n.endswith("attention.self"):
-                module.register_forward_hook(lambda *_, block=int(n.split(".")[-3]): self._count(block))
+                module.register_forward_hook(partial(self._count, int(n.split(".")[-3])))
 
-    def _count(self, block: int) -> None:
+    def _count(self, block: int, *_: Any) -> None:
         self.counts[block] += 1
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -581,16 +582,18 @@ class RestsLater(Plugin):
         return 2 if run.step < 2 else None
 
 
-class Distances(Teachers):
-    """How far model and teacher are apart in each step, computed with two copies."""
+class Distances(TrainerCallback):
+    """How far model and teacher are apart on one batch in each step, computed with two copies."""
 
-    def __init__(self, model: nn.Module, plugin: SMART) -> None:
-        super().__init__(model, plugin)
+    def __init__(self, model: nn.Module, plugin: SMART, data: Mapping[str, Tensor]) -> None:
+        self.model, self.plugin, self.data = model, plugin, data
+        self.copies = copy.deepcopy(model), copy.deepcopy(model)
         self.values: list[float] = []
-        self.data: dict[str, Tensor] = {}
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        now, before = copy.deepcopy(self.model).eval(), copy.deepcopy(self.model).eval()
+        now, before = self.copies
+        now.load_state_dict(self.model.state_dict())
+        before.load_state_dict(self.model.state_dict())
         before.load_state_dict(self.plugin.teacher, strict=False)
         with torch.no_grad():
             self.values.append(kl_both_ways(now(**self.data).logits, before(**self.data).logits).mean().item())
@@ -600,12 +603,11 @@ class Distances(Teachers):
 def test_a_block_that_rests_after_it_has_trained_is_still_another_one_in_the_teacher(cache, tmp_path):
     """Its output in the clean pass is not the teacher's, though nothing trains in it any more."""
     model = get_model(lively("bert"), ["full", RestsLater(), SMART(weight=0.0, ema=0.9), *cache])
-    seen = Distances(model, plugin_of(model))
     data = batch("bert", rows=4)
+    seen = Distances(model, plugin_of(model), data)
     trainer = trainer_of(
         model, rows_of(data), tmp_path, [seen], max_steps=6, logging_strategy="steps", logging_steps=1, optim="sgd"
     )
-    seen.data = data
     trainer.train()
     logged = [entry["smart_bregman"] for entry in trainer.state.log_history if "smart_bregman" in entry]
     assert max(seen.values) > 1e-3
@@ -633,7 +635,7 @@ def test_checkpointing_changes_no_bit_of_it(beside, tmp_path):
             rows_of(batch("bert", rows=8)),
             tmp_path,
             max_steps=3,
-            gradient_checkpointing=checkpointing,
+            activation_checkpointing=checkpointing,
             logging_strategy="steps",
             logging_steps=1,
         )
@@ -648,13 +650,13 @@ def test_checkpointing_changes_no_bit_of_it(beside, tmp_path):
 
 
 def test_reentrant_checkpointing_is_refused_by_name(tmp_path):
-    model = get_model(lively("bert"), {"lora": {}, "smart": {}})
+    model = get_model(lively("bert"), {"lora": {}, "smart": {"bregman": 0.0}})
     trainer = trainer_of(
         model,
         rows_of(batch("bert", rows=8)),
         tmp_path,
-        gradient_checkpointing=True,
-        gradient_checkpointing_kwargs={"use_reentrant": True},
+        activation_checkpointing=True,
+        activation_checkpointing_kwargs={"use_reentrant": True},
     )
     with pytest.raises(PluginError, match=r"'smart'.*use_reentrant=False"):
         trainer.train()
@@ -671,7 +673,7 @@ def test_with_every_kind_of_tuner(name, task, tuner, tmp_path):
     settings = TUNERS.get(tuner, {})
     model = get_model(lively(name, task), {tuner: settings, "smart": {"ema": 0.5, **LARGE}})
     rows = rows_of(batch(name, task, rows=8))
-    trainer = trainer_of(model, rows, tmp_path, logging_strategy="steps", logging_steps=1, optim="sgd")
+    trainer = trainer_of(model, rows, tmp_path, logging_strategy="steps", logging_steps=1)
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "smart" in entry]
     assert all(entry["smart"] > 1e-4 for entry in logged)
