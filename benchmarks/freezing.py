@@ -323,6 +323,8 @@ def noise_table(case: Case, repeats: int, plot: Path | None) -> Iterator[str]:
         "R3F": Side(**top, plugins={"r3f": {"eps": 0.05}}),
         "R3F at the trunk": Side(**top, plugins={"r3f": {"eps": 0.05, "at": "trunk"}}),
         "R3F at the cached trunk": Side(**top, plugins={"r3f": {"eps": 0.05, "at": "trunk"}, "trunk_cache": {}}),
+        "SMART at the cached trunk": Side(**top, plugins={"smart": {"at": "trunk"}, "trunk_cache": {}}),
+        "without its teacher": Side(**top, plugins={"smart": {"at": "trunk", "bregman": 0.0}, "trunk_cache": {}}),
     }
     found = rounds(case, sides, epochs=2, repeats=repeats)
     yield from (
@@ -357,6 +359,54 @@ def activations_table(case: Case, repeats: int, plot: Path | None) -> Iterator[s
     )
 
 
+def projection_table(case: Case, repeats: int, plot: Path | None) -> Iterator[str]:
+    """What projecting supervised positions alone would add to a cached step of a language model; not built in."""
+    import torch
+
+    if case.task != "CAUSAL_LM":
+        return
+    from peft_plus import get_model
+    from peft_plus.trunk import Trunk
+
+    torch.manual_seed(0)
+    top = {"r": 8, "layers_to_transform": list(range(case.frozen, case.blocks))}
+    model = get_model(case.base(), {"lora": top})
+    inner, trunk = model.get_base_model(), Trunk(model, model.peft_plus.layers, case.frozen)
+    rows = sorted(case.sentences.select(range(case.examples)), key=lambda row: len(row["input_ids"]))
+    batches = [case.collate(rows[at : at + case.batch_size]) for at in range(0, len(rows), case.batch_size)]
+    features = [trunk.features(inner.forward, batch) for batch in batches]
+
+    def seconds(place: int, labels: torch.Tensor, *, selected: bool) -> float:
+        batch = {**batches[place], "labels": labels}
+        started = time.process_time()
+        with trunk.skipping(features[place]):
+            if selected:
+                inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+                hidden = inner.get_decoder()(**inputs).last_hidden_state[:, :-1][labels[:, 1:] != -100]
+                logits = inner.get_output_embeddings()(hidden).float()
+                loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:][labels[:, 1:] != -100])
+            else:
+                loss = inner(**batch).loss
+        loss.backward()
+        return time.process_time() - started
+
+    yield from (
+        f"{case.title}: a cached step (forward and backward) that projects all positions, over one that projects those "
+        f"with a label, processor time, medians over {repeats} × {len(batches)} batches of {case.batch_size}.",
+        "",
+        "| labels at | faster |",
+        "|---|--:|",
+    )
+    for title, share in (("every real token", 0.0), ("the second half of each sentence", 0.5)):
+        ratios = []
+        for _ in range(repeats):
+            for place, batch in enumerate(batches):
+                starts = (batch["attention_mask"].sum(1, keepdim=True) * share).long()
+                labels = batch["labels"].masked_fill(torch.arange(batch["labels"].shape[1]) < starts, -100)
+                ratios.append(seconds(place, labels, selected=False) / seconds(place, labels, selected=True))
+        yield f"| {title} | {float(np.median(ratios)):.2f} × |"
+
+
 def checkpointing_table(case: Case, repeats: int, plot: Path | None) -> Iterator[str]:
     """Activation checkpointing where only the upper blocks train."""
     sides = {
@@ -382,6 +432,7 @@ TABLES: Mapping[str, Callable[[Case, int, Path | None], Iterator[str]]] = {
     "noise": noise_table,
     "checkpointing": checkpointing_table,
     "activations": activations_table,
+    "projection": projection_table,
     "depth": depth_table,
 }
 

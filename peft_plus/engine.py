@@ -67,7 +67,7 @@ class Engine:
         self._refused = ""  # why no weights may be kept at all
         self._measured = False  # by an evaluation that plugins were not told of
         self.trunk: TrunkService | None = None
-        self._trunk_state: Mapping[str, int] | None = None
+        self._trunk_state: Mapping[str, Any] | None = None
         self._finished = False
         self._watch: proof.Engagement | None = None
         self._restore_rates: Callable[[], None] | None = None
@@ -340,7 +340,7 @@ class Engine:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of this stage, and of how the ones before went, as plain values and tensors."""
         return {
-            "trunk": None if self.trunk is None else self.trunk.state_dict(),
+            "trunk": {} if self.trunk is None else self.trunk.state_dict(),
             "plugins": {p.name: dict(ask(p, "state_dict")) for p in self.plan.active(self.stage)},
             "last_metrics": dict(self.run.last_metrics),
             "last_evaluation_step": self.run.last_evaluation_step,

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from .layers import transformers_model
 
@@ -82,7 +81,7 @@ def _pass_with(
     unknown = [name for name in weights if name not in own]
     if unknown:
         raise ValueError(f"The model has no parameter called {unknown[0]!r}, to compute with another value of it.")
-    if any(isinstance(own[name], DTensor) or hasattr(own[name], "ds_id") for name in weights):
+    if any(isinstance(m, FSDPModule) for m in model.modules()) or any(hasattr(own[name], "ds_id") for name in weights):
         raise ValueError(
             "A pass with other weights needs a model that is whole on each process, and FSDP or DeepSpeed ZeRO-3 split "
             "this one. Use DDP."
@@ -192,8 +191,9 @@ class _Noise:
             raise ValueError(f"δ has shape {tuple(delta.shape)}, {self._place} {tuple(output.shape)}.")
         noised = (output.float() + delta.float()).to(output.dtype)
         if output.dtype in (torch.bfloat16, torch.float16) and _mostly_lost(noised == output, delta != 0):
+            size = float(delta.detach().abs().max())
             raise ValueError(
-                f"Noise of size {float(delta.detach().abs().max()):.1e} vanishes in {self._place} in {output.dtype}. Load "
+                f"Noise of size {size:.1e} vanishes in {self._place} in {output.dtype}. Load "
                 "the model in fp32 and train with bf16=True (autocast), or use larger noise."
             )
         return noised

@@ -87,7 +87,7 @@ class Run:
 
     @property
     def rehearsal(self) -> bool:
-        """Whether the model is a skeleton without weights, in an `on_build` before any load: nothing to measure there."""
+        """Whether the model is a skeleton without weights, in an `on_build` before any load: nothing to measure."""
         return all(parameter.is_meta for parameter in self.model.parameters())
 
     def forward(

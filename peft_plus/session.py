@@ -85,6 +85,7 @@ class Session:
         self.schedulers: list[Any] = []
         self.epoch_steps = 0  # finished steps of the epoch at work
         self.random_state: Any = None  # to go on with, after a resume
+        self.scratch: Path | None = None  # what lies beside the checkpoints that it was resumed from
         self._epochs, self._max_steps = epochs, max_steps
         self._window: list[Any] = []  # the micro-batches of the step at work
         self._running = False
@@ -249,6 +250,7 @@ class Session:
                 batch_size=self.data.batch_size,
                 processes=self.accelerator.num_processes,
                 data=self.data.training_data(),
+                scratch=self.scratch,
             )
             while self._goes_on:
                 start = self.step

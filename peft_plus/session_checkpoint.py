@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _STATE = "session"
+_SCRATCH = "_trunk"
+"""Folder beside the checkpoints with what the run stored, until it has finished."""
 
 
 def save(session: Session, output_dir: Path, limit: int | None) -> Path:
@@ -46,6 +48,7 @@ def save(session: Session, output_dir: Path, limit: int | None) -> Path:
 
 
 def _write(session: Session, folder: Path, main: bool) -> None:
+    session.engine.seal(beside=folder.parent / _SCRATCH)
     write_state(folder / f"rng_state_{session.accelerator.process_index}", rng_state())
     if not main:
         return
@@ -85,6 +88,7 @@ def resume(session: Session, source: Path) -> bool:
     if session.accelerator.scaler is not None and state["scaler"] is not None:
         session.accelerator.scaler.load_state_dict(state["scaler"])
     session.engine.load_state_dict(state["engine"])
+    session.scratch = folder.parent / _SCRATCH
     session.step, session.epoch, session.epoch_steps = state["step"], state["epoch"], state["epoch_steps"]
     stem = folder / f"rng_state_{rank}"
     if has_state(stem):

@@ -98,7 +98,7 @@ class TrunkCache:
         self._versions: list[tuple[int, int]] = []
         self._left: dict[Path, int] = {}  # stores of other blocks → checkpoints begun since
         self._lifted = self._filling = self._gave_up = False
-        self._compared = False
+        self._compared = self._tried = False  # a pass with the trunk's output put in; a row alone, and as it was found
         self._by_place: bool | None = None  # whether padding on the left moves positions; None: not known yet
         self._matters: dict[bool, bool] = {}  # left or right → whether what the trunk makes of padding counts
         self._passes = 0  # whole ones over the data
@@ -123,7 +123,8 @@ class TrunkCache:
         self._drop()
         self._trunk = Trunk(self.model, self.layers, depth) if depth else None
         self._weights = [t for n, t in self.model.named_parameters() if self.layers.depth.get(n, depth + 1) <= depth]
-        self._compared, self._passes = False, 0 if whole else -1
+        self._compared = self._tried = False
+        self._passes = 0 if whole else -1
 
     def _drop(self) -> None:
         """Let go of the store. One beside checkpoints stays until no run is likely to go on from one that needs it."""
@@ -132,6 +133,15 @@ class TrunkCache:
             store.close(remove=self._temporary)
             if not self._kept and not self._temporary:
                 self._left[store.folder] = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was found out about padding: a resumed run must name rows as the interrupted one did."""
+        return {"by_place": self._by_place, "left": self._matters.get(True), "right": self._matters.get(False)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        self._by_place = state["by_place"]
+        self._matters = {side == "left": state[side] for side in ("left", "right") if state[side] is not None}
 
     def rest(self) -> None:
         """Once the model is in train mode: what runs in the trunk stays in eval mode."""
@@ -202,14 +212,21 @@ class TrunkCache:
         if not self._temporary:
             return
         gather(None)  # all have sealed
+        problem = None
+        if rank() == 0 and self._base.is_dir():
+            try:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(folder, ignore_errors=True)
+                shutil.move(self._base, folder)
+            except OSError as error:
+                problem = str(error)
+        problem = gather(problem)[0]
+        if problem is not None:
+            logger.warning("What trunk_cache stored could not be kept beside the checkpoints: %s.", problem)
+            return
+        self._base, self._temporary = folder, False
         if self._store is not None:
             self._store.folder = folder / self._store.folder.name
-        before, self._base, self._temporary = self._base, folder, False
-        if rank() == 0 and before.is_dir():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(folder, ignore_errors=True)
-            shutil.move(before, folder)
-        gather(None)
 
     def close(self, *, finished: bool) -> None:
         """Give the model back. Where nobody named a folder, the store goes too once the run has `finished`."""
@@ -242,6 +259,9 @@ class TrunkCache:
                 return self._native(*args, **kwargs)
             given = self._named(args, kwargs)
             check_pass(given)
+            if not self._compared:
+                compare(self.model, self._native, trunk, given)
+                self._compared = True
             if self._filling:
                 return self._fill_with(trunk, given)
             features = self._features(trunk, given)
@@ -294,7 +314,7 @@ class TrunkCache:
     def _features(self, trunk: Trunk, given: Mapping[str, Any]) -> Tensor:
         """The trunk's output for a batch, as it is stored; computed and stored now where it is not."""
         rows = self._rows(trunk, given)
-        if self._compared:
+        if self._tried:
             stored = self._read(rows, given)
             if stored is not None:
                 self._served += len(rows.keys)
@@ -302,11 +322,10 @@ class TrunkCache:
         features = self._compute(trunk, rows, given)
         stored = self._read(rows, given, _real_tokens(rows, features))
         assert stored is not None
-        if not self._compared:
-            compare(self.model, self._native, trunk, given)
+        if not self._tried:
             check_mates(self._native, trunk, given, features)
             self._check_stored(rows, features, stored)
-            self._compared = True
+            self._tried = True
         return stored
 
     def _rows(self, trunk: Trunk, given: Mapping[str, Any]) -> Rows:

@@ -21,6 +21,9 @@ _NOT_FOR_THE_TRUNK = (
 )
 """Arguments of a model that change nothing below its head, or are refused elsewhere."""
 
+MAIN = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features")
+"""Arguments that tell how many rows there are, the first of them that is given."""
+
 KEY = 16
 """Bytes of a row's name."""
 
@@ -53,7 +56,7 @@ def rows_of(
         whole: whether padding is part of a row, so that a row that is padded otherwise is another one.
         encoder_only: the trunk is an encoder's, and what the decoder is given does not count.
     Raises:
-        UnknownRows: an argument has no rows, or carries a gradient.
+        UnknownRows: an argument is no tensor, or carries a gradient.
     """
     settings, tensors = [], {}
     for name in sorted(batch):
@@ -67,15 +70,12 @@ def rows_of(
         else:
             raise UnknownRows(f"the model is given {name!r}, a {type(value).__name__}, which has no rows")
     arrays = _arrays(tensors)
-    count = max(map(len, arrays.values()), default=0)
-    for name, array in arrays.items():
-        if len(array) not in (1, count):
-            raise UnknownRows(f"{name!r} has {len(array)} rows and others have {count}")
+    count = len(next((arrays[name] for name in MAIN if name in arrays), next(iter(arrays.values()), ())))
     mask = arrays.get("attention_mask")
     if mask is not None and (whole or mask.ndim != 2):  # of more dimensions: who may look at whom
         mask = None
     placed = by_place and "position_ids" not in arrays
-    spans = None if mask is None else [_span(mask[row if len(mask) > 1 else 0]) for row in range(count)]
+    spans = None if mask is None else [_span(mask[row if len(mask) == count else 0]) for row in range(count)]
     by_token = {name for name, value in tensors.items() if is_by_token(name, value)}
     start = " ".join(settings).encode()
     keys = []
@@ -85,9 +85,9 @@ def rows_of(
         if placed and first:
             digest.update(first.to_bytes(4, "little"))
         for name, array in arrays.items():
-            values = array[row if len(array) > 1 else 0]
+            values = array[row] if len(array) == count else array  # which may be for all rows together
             if mask is not None and name in by_token and array.ndim >= 2 and array.shape[1] == mask.shape[1]:
-                values = values[first:end]
+                values = values[first:end] if len(array) == count else values[:, first:end]
             digest.update(f"{name}{values.dtype}{values.shape}".encode())
             digest.update(np.ascontiguousarray(values).data)
         keys.append(digest.digest())

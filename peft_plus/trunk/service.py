@@ -63,7 +63,7 @@ class TrunkService:
         self._second = False
         self._stays = False  # whether it was looked whether the trunk stays frozen
 
-    def begin(self, run: Run, state: Mapping[str, int] | None) -> None:
+    def begin(self, run: Run, state: Mapping[str, Any] | None) -> None:
         """The stage begins, or goes on.
 
         Args:
@@ -71,15 +71,18 @@ class TrunkService:
                 depends on the step at which it is made, and another one would round otherwise.
         """
         self._epoch = run.epoch
-        if self._cache is not None and state is not None:
+        if self._cache is not None and state and "depth" in state:
             self._lowest = state["lowest"]
             self._watch_top()
+            self._cache.load_state_dict(state["padding"])
             self._cache.serve(state["depth"], whole=_whole_epoch(run))
         self.step_begin(run)
 
-    def state_dict(self) -> dict[str, int]:
-        """What a checkpoint keeps."""
-        return {"lowest": self._lowest, "depth": 0 if self._cache is None else self._cache.depth}
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as plain values."""
+        if self._cache is None:
+            return {}
+        return {"lowest": self._lowest, "depth": self._cache.depth, "padding": self._cache.state_dict()}
 
     def step_begin(self, run: Run) -> None:
         """At an update boundary, once it is known what trains."""
@@ -175,9 +178,7 @@ class TrunkService:
         self._record = self._top.blocks[-1].register_forward_hook(self._keep)
 
     def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not torch.is_grad_enabled() or self._second:
-            return
-        if torch._C._current_graph_task_id() == -1:  # else checkpointing runs a pass again, which may be a second one
+        if torch.is_grad_enabled() and not self._second:
             self._last = output
 
     @contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import MethodError
 from .passes import Trunk, eval_mode
-from .rows import is_by_token
+from .rows import MAIN, is_by_token
 
 WITHOUT = "Train without trunk_cache: everything else stays the same."
 
@@ -122,7 +122,7 @@ def padding_matters(
             return True
     counts = real.clone()
     counts[:, :-1] |= real[:, 1:]  # also what may predict the first one
-    zero = features * real.view(*real.shape, *[1] * (features.dim() - 2))
+    zero = features.masked_fill(~real.view(real.shape + (1,) * (features.dim() - 2)), 0.0)
     with _trial(model):
         outputs = []
         for one in (features, zero):
@@ -167,7 +167,7 @@ def moves(forward: Callable[..., Any], trunk: Trunk, given: Mapping[str, Any], m
 
 def part(given: Mapping[str, Any], rows: slice | Tensor, tokens: slice = slice(None)) -> dict[str, Any]:
     """A batch of some rows of another, and of these only some tokens."""
-    count = max((len(value) for value in given.values() if isinstance(value, Tensor) and value.dim()), default=0)
+    count = len(next(value for name in (*MAIN, *given) if isinstance(value := given.get(name), Tensor) and value.dim()))
     mask = given.get("attention_mask")
     width = mask.shape[1] if isinstance(mask, Tensor) and mask.dim() == 2 else None
     kept = {}

@@ -6,7 +6,7 @@ import copy
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from peft_plus.layers import layer_map
 from peft_plus.trunk import CacheOptions, TrainingData, TrunkCache
 from peft_plus.trunk import store as store_module
 from peft_plus.trunk.service import choose_depth, head_cost, step_ratio
-from tests.models import NUM_CHOICES, batch, tiny
+from tests.models import EOS, NUM_CHOICES, batch, tiny
 
 from .architectures import DROPOUT, NAMES, batch_of, frozen_below, model_of, padded_left, task_of
 from .test_passes import assert_same_bits, in_front_of, step
@@ -48,16 +48,17 @@ def served(
 
 
 class Counted:
-    """How many rows the first block really computes."""
+    """How many rows the second block really computes. (The first one may run for what it makes for all others.)"""
 
     def __init__(self, model: nn.Module) -> None:
         self.rows = 0
-        block = model.get_submodule(layer_map(model).blocks[0][0])
-        first = next(module for module in block.modules() if module is not block and any(module.children()))
-        first.register_forward_hook(lambda module, args, output: self._count(output))
+        block = model.get_submodule(layer_map(model).blocks[1][0])
+        leaves = [module for module in block.modules() if any(True for _ in module.parameters(recurse=False))]
+        own = [module for module in leaves if isinstance(module, nn.LayerNorm) or "Norm" in type(module).__name__]
+        (own or leaves)[0].register_forward_hook(self._count)
 
-    def _count(self, output: Any) -> None:
-        self.rows += len(output if isinstance(output, Tensor) else output[0])
+    def _count(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.rows += len(output)
 
 
 def batches_of(name: str, number: int = 3, **settings: Any) -> list[dict[str, Tensor]]:
@@ -83,7 +84,7 @@ def train(
             with torch.no_grad():
                 for name, gradient in found[-1].items():
                     if name:
-                        parameters[name] -= 0.05 * gradient
+                        parameters[name] -= 0.01 * gradient
         if cache is not None:
             cache.epoch_ends()
     return found
@@ -115,8 +116,8 @@ def test_an_epoch_from_the_store_is_the_computed_one_bit_for_bit(name: str) -> N
         assert_near(cached, train(plain, epochs), 1e-6)
     else:
         assert_same_runs(cached, train(plain, epochs))
-    # Each row once; the first batch once more for two of its rows, put in and not, and for one alone.
-    assert counted.rows <= 12 + 4 + 4 + 4
+    # Each row once, and the few rows of the first batch that are tried out.
+    assert 12 < counted.rows <= 12 + 12
 
 
 @pytest.mark.parametrize("name", list(DROPOUT))
@@ -162,7 +163,7 @@ def test_other_tasks_are_served_alike(task: str) -> None:
     epochs = [[batch("bert", task, seed=seed) for seed in range(2)]] * 2
     counted = Counted(model)
     assert_same_runs(train(model, epochs, cache=served(model)), train(plain, epochs))
-    assert counted.rows <= (8 + 4 + 4) * (NUM_CHOICES if task == "MULTIPLE_CHOICE" else 1) + 1
+    assert counted.rows <= (8 + 10) * (NUM_CHOICES if task == "MULTIPLE_CHOICE" else 1)
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "t5", "opt", "vit", "modernbert", "deberta-v2"])
@@ -176,7 +177,7 @@ def test_in_other_batches_the_rows_are_found_and_the_run_is_the_same_up_to_round
         epochs.append([{key: value[part] for key, value in whole.items()} for part in order.split(4)])
     counted, cache = Counted(model), served(model)
     assert_near(train(model, epochs, cache=cache), train(plain, epochs))
-    assert counted.rows <= 12 + 12
+    assert 12 < counted.rows <= 12 + 12
 
 
 def test_packed_rows_are_found_by_their_positions_too() -> None:
@@ -192,12 +193,14 @@ def test_packed_rows_are_found_by_their_positions_too() -> None:
 
 def test_rounded_to_bf16_losses_stay_within_a_ten_thousandth(tmp_path: Path) -> None:
     for name in ("bert", "llama"):
-        model = frozen_below(model_of(name), 2).train()
+        model = lora(name=name)
         plain = copy.deepcopy(model)
         epochs = [batches_of(name)] * 2
         cache = served(model, folder=str(tmp_path / name), dtype="bf16")
         cached, computed = train(model, epochs, cache=cache), train(plain, epochs)
-        assert [abs(float(a[""] - b[""])) < 1e-4 for a, b in zip(cached, computed, strict=True)] == [True] * 6
+        losses = [torch.stack([found[""] for found in run]) for run in (cached, computed)]
+        assert abs(float(losses[0].mean() - losses[1].mean())) < 1e-4
+        assert float((losses[0] - losses[1]).abs().max()) < 5e-4
         assert any(not torch.equal(a[""], b[""]) for a, b in zip(cached, computed, strict=True))
         assert cache._store is not None
         assert cache._store.bytes == sum(int(b["attention_mask"].sum()) for b in epochs[0]) * 32 * 2
@@ -217,43 +220,118 @@ def test_the_first_steps_checks_draw_nothing_and_leave_no_gradient() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-# ---- padding on the left -------------------------------------------------------------------------------------------
+# ---- padding -------------------------------------------------------------------------------------------------------
+
+COUNTS = [("gpt2", True), ("bert", True), ("distilbert", True), ("bart", True), ("modernbert", False)]
+COUNTS += [(name, False) for name in ("llama", "opt", "t5", "gemma3", "gpt-neox", "bloom")]
+"""Whether positions are counted from the left edge, padding included. ModernBERT's rotate, OPT counts by the mask."""
 
 
-@pytest.mark.parametrize(
-    ("name", "moves"),
-    [
-        *(("gpt2", True), ("bert", True), ("distilbert", True), ("bart", True)),
-        *(("llama", False), ("opt", False), ("gpt-neox", False), ("t5", False), ("bloom", False), ("gemma3", False)),
-    ],
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_padding_on_the_left_is_served_exactly_whoever_counts_positions(
-    name: str, moves: bool, dtype: torch.dtype
-) -> None:
-    model = frozen_below(model_of(name).to(dtype), 2).train()
+def further(inputs: dict[str, Tensor], left: int, right: int = 0) -> dict[str, Tensor]:
+    """The same rows, padded further."""
+    width = inputs["attention_mask"].shape
+    value = {"labels": -100}
+    return {
+        name: nn.functional.pad(tensor, (left, right), value=value.get(name, 0)) if tensor.shape == width else tensor
+        for name, tensor in inputs.items()
+    }
+
+
+@pytest.mark.parametrize(("name", "counts"), COUNTS)
+def test_padding_on_the_left_is_served_exactly_whoever_counts_positions(name: str, counts: bool) -> None:
+    model = frozen_below(model_of(name), 2).train()
     plain = copy.deepcopy(model)
     epochs = [batches_of(name, left=True)] * 2
     counted, cache = Counted(model), served(model)
     assert_same_runs(train(model, epochs, cache=cache), train(plain, epochs))
-    assert cache._by_place is moves or (dtype is torch.bfloat16 and cache._by_place)  # rounding may look like it
-    before = counted.rows
-    further = {n: nn.functional.pad(v, (3, 0)) if v.shape == (4, 8) else v for n, v in epochs[0][0].items()}
-    assert_near([step(model, further)], [step(plain, further)], 1e-5 if dtype is torch.float32 else 0.2)
-    if dtype is torch.float32:
-        assert (counted.rows > before) == moves
+    assert cache._by_place is counts
+    before, other = counted.rows, further(epochs[0][0], 3)
+    assert_near([step(model, other)], [step(plain, other)])
+    # Found again where neither positions move nor anything looks at the padding.
+    assert (counted.rows > before) == (counts or name in ("gpt-neox", "bloom", "modernbert", "t5"))
 
 
-def test_several_texts_padded_on_the_left_are_told_apart_by_their_place() -> None:
-    model = frozen_below(tiny("bert", "MULTIPLE_CHOICE"), 2).train()
+@pytest.mark.parametrize("name", ["gpt2", "llama", "opt"])
+def test_in_half_precision_padding_on_the_left_is_served_exactly_too(name: str) -> None:
+    model = frozen_below(model_of(name).bfloat16(), 2).train()
     plain = copy.deepcopy(model)
-    inputs = batch("bert", "MULTIPLE_CHOICE")
-    flat = {name: value.flatten(0, 1) for name, value in inputs.items() if name != "labels"}
-    left = {name: value.view(4, NUM_CHOICES, -1) for name, value in padded_left(flat).items()}
-    left["labels"] = inputs["labels"]
-    further = {n: nn.functional.pad(v, (2, 0)) if v.dim() == 3 else v for n, v in left.items()}
-    epochs = [[inputs, left, further]] * 2
-    assert_near(train(model, epochs, cache=served(model)), train(plain, epochs))
+    epochs = [batches_of(name, left=True)] * 2
+    cache = served(model)
+    assert_same_runs(train(model, epochs, cache=cache), train(plain, epochs))
+    assert cache._by_place or name != "gpt2"  # elsewhere rounding may look like it
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt-neox", "bloom"])
+def test_the_first_token_that_is_predicted_from_padding_is_predicted_from_the_same(name: str) -> None:
+    """A causal model with padding on its left, and a label for its first token, as most collators make it."""
+    model = frozen_below(model_of(name, "CAUSAL_LM"), 2).train()
+    plain = copy.deepcopy(model)
+    epochs = [batches_of(name, task="CAUSAL_LM", left=True)] * 2
+    for inputs in epochs[0]:  # most use the end of a text as padding, whose embedding is not zero
+        inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, EOS)
+    cache = served(model)
+    assert_same_runs(train(model, epochs, cache=cache), train(plain, epochs))
+    assert cache._matters[True]
+    other = further(epochs[0][0], 2)
+    assert_near([step(model, other)], [step(plain, other)])
+
+
+def test_padding_on_the_left_does_not_count_where_nothing_is_predicted_from_it() -> None:
+    """A classifier that reads the last token."""
+    model = frozen_below(model_of("llama"), 2).train()
+    cache = served(model)
+    inputs = batch_of("llama", left=True)
+    step(model, inputs)
+    counted = Counted(model)
+    step(model, further(inputs, 3))
+    assert (cache._matters, counted.rows) == ({True: False}, 0)
+
+
+@pytest.mark.parametrize("task", ["QUESTION_ANS", "MULTIPLE_CHOICE"])
+def test_a_head_that_looks_at_padding_gets_what_it_would_have_got(task: str) -> None:
+    """Where an answer begins is chosen among all tokens, padding too."""
+    model = frozen_below(tiny("bert", task), 2).train()
+    plain = copy.deepcopy(model)
+    inputs = batch("bert", task)
+    if task == "MULTIPLE_CHOICE":  # with padding on the left BERT reads it as its first token
+        flat = {name: value.flatten(0, 1) for name, value in inputs.items() if name != "labels"}
+        left = {name: value.view(4, NUM_CHOICES, -1) for name, value in padded_left(flat).items()}
+        inputs = {**left, "labels": inputs["labels"]}
+        other = {n: nn.functional.pad(v, (2, 0)) if v.dim() == 3 else v for n, v in inputs.items()}
+    else:
+        other = further(inputs, 0, 2)
+    epochs = [[inputs, other]] * 2
+    cache = served(model)
+    assert_same_runs(train(model, epochs, cache=cache), train(plain, epochs))
+    assert cache._matters == {task == "MULTIPLE_CHOICE": True}
+
+
+def test_a_trunk_that_mixes_padding_in_is_served_for_rows_that_are_padded_alike() -> None:
+    """As convolutions do that do not know the mask."""
+    model = frozen_below(model_of("bert"), 2).train()
+    block = model.get_submodule(layer_map(model).blocks[0][0])
+    plain = copy.deepcopy(model)
+    for one in (block, plain.get_submodule(layer_map(model).blocks[0][0])):
+        attention = one.get_submodule("attention")  # it does not run when the block is skipped
+        attention.register_forward_hook(
+            lambda module, args, output: (output[0] + output[0].mean(1, keepdim=True), *output[1:])
+        )
+    inputs = batch_of("bert")
+    epochs = [[inputs, further(inputs, 0, 2)]] * 2
+    cache = served(model)
+    assert_same_runs(train(model, epochs, cache=cache), train(plain, epochs))
+    assert cache._matters == {False: True}
+
+
+def test_padding_that_comes_later_is_looked_at_when_it_comes() -> None:
+    model = frozen_below(tiny("bert", "QUESTION_ANS"), 2).train()
+    plain = copy.deepcopy(model)
+    padded = batch("bert", "QUESTION_ANS")
+    full = {**padded, "attention_mask": torch.ones(4, 8, dtype=torch.long)}
+    epochs = [[full, padded, further(padded, 0, 1)]] * 2
+    cache = served(model)
+    assert_same_runs(train(model, epochs, cache=cache), train(plain, epochs))
+    assert cache._matters == {False: True}
 
 
 # ---- a store that is found again -----------------------------------------------------------------------------------
@@ -269,18 +347,6 @@ def lora(seed: int = 0, *, name: str = "bert", change: Callable[[nn.Module], Any
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(depths[parameter_name] > 2)
     return model.train()
-
-
-def computed_rows(model: nn.Module, inputs: Mapping[str, Tensor], **how: Any) -> int:
-    """How many rows a run of one epoch computes, beside the checks of its first step."""
-    depth = how.pop("depth", 2)
-    cache = served(model, depth, **how)
-    train(model, [[dict(inputs)]], cache=cache)
-    found = cache._store
-    assert found is not None
-    there = len(found) - sum(len(s.keys()) for s in found._segments if s._checked and s.file.stat().st_mtime_ns)
-    cache.close(finished=True)
-    return there
 
 
 def new_rows(model: nn.Module, folder: Path, *, depth: int = 2, precision: Any = None, **options: Any) -> int:
@@ -442,7 +508,6 @@ def test_a_store_without_a_name_is_removed_when_the_run_has_finished(tmp_path: P
         train(model, [batches_of("bert")], cache=cache)
         cache.close(finished=finished)
         assert (tmp_path / "output" / "_trunk").exists() != finished
-    assert new_rows(lora(), tmp_path / "output" / "_trunk") == ALL - ALL + 0 or True
     cache = served(model := lora())
     train(model, [batches_of("bert", 1)], cache=cache)
     base = cache._base
@@ -515,7 +580,7 @@ def test_trouble_with_the_disk_changes_no_bit_of_the_run(
     wanted = {
         "folder deleted": "was deleted meanwhile",
         "disk full": "No more features are stored: [Errno 28] No space left on device",
-        "file cut off": "",
+        "file cut off": "was changed by somebody",
         "limit": "has reached its limit of",
     }
     assert wanted[trouble] in caplog.text
@@ -560,7 +625,7 @@ def test_it_is_said_before_how_much_will_be_stored(tmp_path: Path, caplog: pytes
 
     assert "the output of block 2: 55 tokens × 128 bytes = 7.0 kB, in " in said(data_of(10))
     # Where each example was padded to one length, and where lengths are not known, the first batch tells.
-    assert "75 tokens × 128 bytes = 9.6 kB, as far as the first batch tells, in" in said(data_of(10, 8))
+    assert "72 tokens × 128 bytes = 9.2 kB, as far as the first batch tells, in" in said(data_of(10, 8))
 
     class Made:
         """A dataset that makes its rows when it is asked."""
@@ -571,7 +636,7 @@ def test_it_is_said_before_how_much_will_be_stored(tmp_path: Path, caplog: pytes
         def __getitem__(self, index: int) -> Any:
             raise AssertionError("nobody asked for rows")
 
-    assert "75 tokens × 128 bytes" in said(Made())
+    assert "72 tokens × 128 bytes" in said(Made())
 
     class Stream(IterableDataset[Any]):
         def __iter__(self) -> Iterator[Any]:
@@ -583,7 +648,7 @@ def test_it_is_said_before_how_much_will_be_stored(tmp_path: Path, caplog: pytes
 def test_a_store_larger_than_the_free_space_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=100 << 20)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    data = TrainingData(dataset=data_of(1, 1_000_000))
+    data = TrainingData(dataset=[{"input_ids": range(n)} for n in (1_000_000, 1)])
     served(model := lora(), folder=str(tmp_path), data=data)
     with pytest.raises(MethodError, match=r"would store 128\.0 MB in .*, where 104\.9 MB are free"):
         step(model, batch_of("bert"))
@@ -716,7 +781,7 @@ def test_a_model_that_needs_all_blocks_is_refused_before_anything_runs(name: str
 
 
 def test_layerdrop_in_the_decoder_is_no_hindrance() -> None:
-    model = frozen_below(model_of("bart", decoder_layerdrop=0.5), 2).train()
+    model = frozen_below(model_of("bart", decoder_layerdrop=0.2), 2).train()
     plain = copy.deepcopy(model)
     epochs = [batches_of("bart")] * 2
     assert_same_runs(train(model, epochs, cache=served(model)), train(plain, epochs))
@@ -735,7 +800,7 @@ def test_xlnet_whose_rows_come_second_is_refused(tokens: int) -> None:
     model = frozen_below(tiny("xlnet", mem_len=0), 2).train()
     served(model)
     inputs = batch("xlnet", length=tokens)
-    with pytest.raises(MethodError, match="expected block 2 to put out|makes something else of an example when"):
+    with pytest.raises(MethodError, match=r"expected block 2 to put out|makes something else of an example when"):
         model(**inputs)
 
 
@@ -744,12 +809,10 @@ def test_a_model_without_blocks_has_no_trunk() -> None:
         layer_map(tiny("albert"))
 
 
-@pytest.mark.parametrize("mixes", ["rows", "tokens"])
-def test_a_trunk_in_which_examples_feel_each_other_or_their_padding_is_refused(mixes: str) -> None:
+def test_a_trunk_in_which_examples_feel_each_other_is_refused() -> None:
     model = frozen_below(model_of("bert"), 2).train()
     block = model.get_submodule(layer_map(model).blocks[0][0])
-    dimension = 0 if mixes == "rows" else 1
-    block.register_forward_hook(lambda module, args, output: output + output.mean(dimension, keepdim=True))
+    block.register_forward_hook(lambda module, args, output: output + output.mean(0, keepdim=True))
     served(model)
     with pytest.raises(MethodError, match="makes something else of an example when it stands in another batch"):
         model(**batch_of("bert"))
@@ -762,14 +825,14 @@ def test_upper_blocks_that_use_more_than_the_trunks_output_are_refused(how: str)
     kept: list[Tensor] = []
     attention = model.get_submodule(f"{names[0]}.attention")  # which does not run when the block is skipped
     attention.register_forward_hook(lambda module, args, output: kept.append(output[0]))
+    model.get_submodule("base_model.model.bert.embeddings").register_forward_pre_hook(lambda *_: kept.clear())
 
     def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        extra = kept.pop() if kept or how == "fails" else torch.zeros(())
-        return output + extra
+        return output + (kept[0] if kept or how == "fails" else 0)
 
     model.get_submodule(names[2]).register_forward_hook(add)
     served(model)
-    says = "gives another" if how == "differs" else "fails .IndexError: pop from empty list"
+    says = "gives another" if how == "differs" else "fails .IndexError: list index out of range"
     with pytest.raises(MethodError, match=f"this BertForSequenceClassification {says}.*Train without trunk_cache"):
         model(**batch_of("bert"))
 
@@ -801,7 +864,7 @@ def test_the_data_are_filled_in_from_the_longest_to_the_shortest() -> None:
     seen.clear()
     TrainingData(dataset=data_of(100, 3000), loader=loader).batches()
     assert {len(rows) for rows in seen} == {10}
-    assert sorted(sum(seen, [])) == list(range(100))
+    assert sorted(index for rows in seen for index in rows) == list(range(100))
 
 
 def test_looking_at_lengths_draws_no_random_number() -> None:
@@ -817,7 +880,8 @@ def test_looking_at_lengths_draws_no_random_number() -> None:
 
 def test_a_stream_cannot_be_filled_in_before() -> None:
     class Stream(IterableDataset[Any]):
-        pass
+        def __iter__(self) -> Iterator[Any]:
+            return iter(())
 
     for data in (TrainingData(dataset=Stream()), TrainingData()):
         with pytest.raises(MethodError, match=r"fill='before'.*read as a stream\. Use fill='first_epoch'"):

@@ -199,13 +199,22 @@ def test_positions_that_are_given_tell_more_than_the_place() -> None:
     ("more", "says"),
     [
         ({"images": [1, 2]}, "'images', a list, which has no rows"),
-        ({"cu_seq_lens_q": torch.arange(3)}, "'cu_seq_lens_q' has 3 rows and others have 5"),
         ({"weights": torch.ones(5, requires_grad=True)}, "'weights' carries a gradient"),
     ],
 )
 def test_what_cannot_be_told_apart_is_refused(more: dict[str, Any], says: str) -> None:
     with pytest.raises(UnknownRows, match=says):
         rows_of({**TEXT, **more}, by_place=True)
+
+
+def test_what_is_for_all_rows_together_is_part_of_each() -> None:
+    """Where the texts of a packed row begin, e.g."""
+    given = {"input_ids": TEXT["input_ids"], "cu_seq_lens_q": torch.tensor([0, 3, 8])}
+    got, moved = names(given), names({**given, "cu_seq_lens_q": torch.tensor([0, 4, 8])})
+    assert len(set(got)) == 5
+    assert not set(got) & set(moved)
+    packed = {"input_ids": torch.arange(5, 20)[None], "cu_seq_lens_q": torch.tensor([0, 3, 8])}
+    assert len(names(packed)) == 1
 
 
 def test_what_is_the_same_for_all_rows_may_be_given_once() -> None:

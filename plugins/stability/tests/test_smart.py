@@ -617,11 +617,9 @@ def test_a_block_that_rests_after_it_has_trained_is_still_another_one_in_the_tea
 # ---- activation checkpointing --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "beside", [{}, {"r3f": {"at": "trunk", "eps": 0.5}}], ids=["alone", "with r3f above the trunk"]
-)
+@pytest.mark.parametrize("beside", [{}, {"r3f": {"at": "trunk", "eps": 0.5}}], ids=["alone", "with r3f at the trunk"])
 def test_checkpointing_changes_no_bit_of_it(beside, tmp_path):
-    """The ascent goes back through frozen blocks, which are computed again for it; they are not the training pass."""
+    """The ascent goes back through frozen blocks, which are computed again for it, and for nothing else."""
     found = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
