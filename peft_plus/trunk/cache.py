@@ -15,9 +15,10 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import MethodType
 from typing import Any, Literal
@@ -32,7 +33,7 @@ from ..random_state import rng_state, set_rng_state
 from .data import TrainingData
 from .identity import identity
 from .passes import Trunk
-from .rows import Rows, UnknownRows, rows_of
+from .rows import Rows, UnknownRows, row_count, rows_of
 from .space import check_space
 from .store import FeatureStore, rank
 from .trial import WITHOUT, check_mates, check_model, check_pass, compare, far, moves, padding_matters
@@ -284,18 +285,38 @@ class TrunkCache:
                 given |= given.pop(name, {})
         return given
 
-    def fill(self) -> None:
-        """Compute and store what the data hold, before training. Every process must call it."""
+    def fill(self, *, batch_size: int) -> None:
+        """Compute and store what the data hold, before training. Every process must call it.
+
+        Args:
+            batch_size: of training. Only with 1 does a collator that packs a batch into one row make the same row twice.
+        Raises:
+            MethodError: the data are read as a stream, or packed anew in each epoch.
+        """
         random, self._filling = rng_state(), True
         try:
             with torch.no_grad():
-                for batch in self._data.batches():
+                for batch in self._batches(batch_size):
                     # Through all that wraps the model, e.g. in autocast, and adds arguments.
                     self.model.forward(**{k: v for k, v in batch.items() if k in self._signature.parameters})
         finally:
             self._filling = False
         self._share()
         set_rng_state(random)  # training draws what it would have drawn
+
+    def _batches(self, batch_size: int) -> Iterable[Mapping[str, Any]]:
+        batches = iter(self._data.batches())
+        first = next(batches, None)
+        if first is None:
+            return ()
+        if row_count(first) != 1 or self._data.examples == 1:
+            return chain([first], batches)
+        if batch_size != 1:
+            raise MethodError(
+                "trunk_cache(fill='before') cannot know which examples will be packed into one row. Use "
+                "fill='first_epoch', or per_device_train_batch_size=1 with data that are packed beforehand."
+            )
+        return self._data.batches(1)
 
     def _fill_with(self, trunk: Trunk, given: Mapping[str, Any]) -> None:
         rows = self._rows(trunk, given)

@@ -63,9 +63,11 @@ class TrainingData:
         """Whether the collator draws other inputs each time."""
         return bool(getattr(self.collator, "mlm", False))
 
-    def batches(self) -> Iterable[Mapping[str, Any]]:
+    def batches(self, rows: int | None = None) -> Iterable[Mapping[str, Any]]:
         """Every row once, the longest first, so that what does not fit into memory fails at once.
 
+        Args:
+            rows: of a batch; by default as many as bring something.
         Raises:
             MethodError: the data are read as a stream.
         """
@@ -76,8 +78,8 @@ class TrainingData:
             )
         lengths = self.lengths
         if lengths is None or not len(lengths):
-            return self.loader(_Fixed(range(self.examples)), _ROWS_OF_UNKNOWN_LENGTH)
-        rows = min(ROWS, max(1, TOKENS // max(1, int(lengths.max()))))
+            return self.loader(_Fixed(range(self.examples)), rows or _ROWS_OF_UNKNOWN_LENGTH)
+        rows = rows or min(ROWS, max(1, TOKENS // max(1, int(lengths.max()))))
         return self.loader(_Fixed(np.argsort(-lengths, kind="stable").tolist()), rows)
 
 

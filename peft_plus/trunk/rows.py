@@ -21,7 +21,7 @@ _NOT_FOR_THE_TRUNK = (
 )
 """Arguments of a model that change nothing below its head, or are refused elsewhere."""
 
-MAIN = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features")
+_MAIN = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features")
 """Arguments that tell how many rows there are, the first of them that is given."""
 
 KEY = 16
@@ -70,7 +70,7 @@ def rows_of(
         else:
             raise UnknownRows(f"the model is given {name!r}, a {type(value).__name__}, which has no rows")
     arrays = _arrays(tensors)
-    count = len(next((arrays[name] for name in MAIN if name in arrays), next(iter(arrays.values()), ())))
+    count = row_count(arrays)
     mask = arrays.get("attention_mask")
     if mask is not None and (whole or mask.ndim != 2):  # of more dimensions: who may look at whom
         mask = None
@@ -92,6 +92,12 @@ def rows_of(
             digest.update(np.ascontiguousarray(values).data)
         keys.append(digest.digest())
     return Rows(keys, spans)
+
+
+def row_count(batch: Mapping[str, Any]) -> int:
+    """How many rows a batch has."""
+    sized = (value for name in (*_MAIN, *batch) if getattr(value := batch.get(name), "ndim", 0))
+    return len(next(sized, ()))
 
 
 def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:

@@ -131,7 +131,7 @@ class TrunkService:
             step_ratio(share, head),
         )
         if before:
-            cache.fill()
+            cache.fill(batch_size=run.batch_size)
 
     def _tell_of_nothing(self, run: Run, lowest: int) -> None:
         """Say why nothing is stored yet.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import MethodError
 from .passes import Trunk, eval_mode
-from .rows import MAIN, is_by_token
+from .rows import is_by_token, row_count
 
 WITHOUT = "Train without trunk_cache: everything else stays the same."
 
@@ -167,7 +167,7 @@ def moves(forward: Callable[..., Any], trunk: Trunk, given: Mapping[str, Any], m
 
 def part(given: Mapping[str, Any], rows: slice | Tensor, tokens: slice = slice(None)) -> dict[str, Any]:
     """A batch of some rows of another, and of these only some tokens."""
-    count = len(next(value for name in (*MAIN, *given) if isinstance(value := given.get(name), Tensor) and value.dim()))
+    count = row_count(given)
     mask = given.get("attention_mask")
     width = mask.shape[1] if isinstance(mask, Tensor) and mask.dim() == 2 else None
     kept = {}

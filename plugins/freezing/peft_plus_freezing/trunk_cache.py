@@ -44,6 +44,11 @@ class TrunkCache(Plugin):
             raise ValueError("folder='': give a folder, or None.")
 
     def on_build(self, run: Run) -> None:
+        if not run.num_blocks:
+            raise ValueError(
+                "this model has no list of blocks (all its layers may share one set of weights, as ALBERT's do), so "
+                "there is no trunk to store the output of. Leave trunk_cache out."
+            )
         body = [param for param in run.params if param.part != "head"]
         if body and all(param.depth == 0 for param in body):
             raise ValueError(
