@@ -14,19 +14,20 @@ from torch.optim import Optimizer
 
 from . import proof
 from .ask import ask
-from .compose import Plan, who
+from .compose import Plan
 from .distributed import plain_parameters
 from .divergence import StepParts, check_scaler, check_update, gradient_norm
 from .effects import Effects
 from .errors import EngagementError, MethodError, PluginError, TrainingError
 from .graph_cut import cut_graph
+from .plan_state import check_states, load_plan_state, plan_state
 from .plugin import Plugin, Run
 from .rates import Rates
 from .run_weights import RunWeights
 from .stages import Stage
-from .state_files import check_state
 from .timeline import Change, label
-from .trunk import CacheOptions, TrainingData, TrunkService
+from .trunk import TrainingData, TrunkService
+from .trunk.asked import asked_options
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +140,7 @@ class Engine:
                 ", ".join(self.effects.scheduled_by),
                 names,
             )
-        self._check_states()
+        check_states(plan, self.stage)
         if not self._changes():
             self.effects.recall(self.run)
         self.effects.apply(self.run)
@@ -148,40 +149,18 @@ class Engine:
         self._begin_trunk(data or TrainingData(), scratch)
 
     def _begin_trunk(self, data: TrainingData, scratch: Path | None) -> None:
-        asking = self._listeners("trunk_cache")
-        answers = [(plugin, ask(plugin, "trunk_cache", self.run)) for plugin in asking]
-        for plugin, answer in answers:
-            if answer is not None and not isinstance(answer, CacheOptions):
-                raise PluginError(
-                    f"{who(plugin, self.plan.origins)}: trunk_cache returned {answer!r}; expected CacheOptions or None."
-                )
-        options = [(plugin, answer) for plugin, answer in answers if answer is not None]
-        if len(options) > 1:
-            names = " and ".join(who(plugin, self.plan.origins) for plugin, _ in options)
-            raise MethodError(f"{names} both want to store the trunk's output. Leave one of them out.")
-        if not options and not self.term_plugins:
+        options = asked_options(self.plan, self.stage, self.run)
+        if options is None and not self.term_plugins:
             return
         self.trunk = self.run.trunk = TrunkService(
             self.model,
             self.plan.layers,
             self.effects,
-            options[0][1] if options else None,
+            options,
             data=data,
             scratch=scratch,
         )
         self.trunk.begin(self.run, self._trunk_state)
-
-    def _check_states(self) -> None:
-        """Raise PluginError where a plugin's state could not be saved: now rather than at the first checkpoint."""
-        for plugin in self.plan.active(self.stage):
-            label = who(plugin, self.plan.origins)
-            state = ask(plugin, "state_dict")
-            if not isinstance(state, Mapping):
-                raise PluginError(f"{label}: state_dict returned {state!r}; expected a mapping, {{}} for no state.")
-            try:
-                check_state(dict(state), label)
-            except TypeError as error:
-                raise PluginError(f"Its checkpoints could not be saved: {error}") from error
 
     def _begin_watch(self) -> None:
         params = self.plan.params
@@ -339,19 +318,12 @@ class Engine:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of this stage, and of how the ones before went, as plain values and tensors."""
-        return {
+        return plan_state(self.plan, self.stage) | {
             "trunk": {} if self.trunk is None else self.trunk.state_dict(),
-            "plugins": {p.name: dict(ask(p, "state_dict")) for p in self.plan.active(self.stage)},
             "last_metrics": dict(self.run.last_metrics),
             "last_evaluation_step": self.run.last_evaluation_step,
             "stop_reasons": list(self.run.stop_reasons),
             "kept": self.weights.kept,
-            "timeline": [[c.stage, c.step, c.max_steps, sorted(map(list, c.groups))] for c in self.plan.timeline],
-            "engagement": {
-                stage: [[*row.group, row.steps, row.tensors, row.moved, row.reached] for row in rows]
-                for stage, rows in self.plan.engagement.items()
-                if stage != self.stage.name
-            },
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -361,25 +333,12 @@ class Engine:
             MethodError: the state is of other plugins.
             PluginError: a plugin does not take its state back.
         """
-        plugins = {p.name: p for p in self.plan.active(self.stage)}
-        if plugins.keys() != state["plugins"].keys():
-            raise MethodError(
-                f"The checkpoint holds the state of the plugins {sorted(state['plugins'])}, this run has "
-                f"{sorted(plugins)}. Resume with the same method."
-            )
-        for name, own in state["plugins"].items():
-            ask(plugins[name], "load_state_dict", own)
+        load_plan_state(self.plan, self.stage, state)
         self._last_metrics = dict(state["last_metrics"])
         self._last_evaluation_step = state["last_evaluation_step"]
         self._trunk_state = state.get("trunk")
         self._stop_reasons = list(state.get("stop_reasons", ()))  # earlier versions knew of neither
         self.weights.kept = state.get("kept", {})
-        self.plan.timeline[:] = [
-            Change(stage, step, max_steps, frozenset((depth, part) for depth, part in groups))
-            for stage, step, max_steps, groups in state["timeline"]
-        ]
-        for stage, rows in state["engagement"].items():
-            self.plan.engagement[stage] = [proof.Row((depth, part), *counts) for depth, part, *counts in rows]
 
     def _changes(self) -> list[Change]:
         return [change for change in self.plan.timeline if change.stage == self.stage.name]

@@ -9,7 +9,10 @@ Frozen and in eval mode, the lowest k blocks give the same output for the same e
 | `store.py` | rows on disk, ragged and memory-mapped |
 | `identity.py` | what the trunk's output depends on: when a store may be used |
 | `data.py` | what a loop knows of its data before training |
+| `trial.py` | whether a model can be served at all: the first batch, both ways |
+| `space.py` | how large a store will be, and whether there is room |
 | `cache.py` | one model's training passes, served from a store |
+| `asked.py` | which plugin wants it stored |
 | `service.py` | when the trunk of a run is served, up to which block, and what that saves |
 """
 
