@@ -276,7 +276,7 @@ def epochs_table(case: Case, repeats: int, plot: Path | None) -> Iterator[str]:
 def depth_table(case: Case, repeats: int, plot: Path | None) -> Iterator[str]:
     """A cached epoch against the number of frozen blocks, beside what the arithmetic predicts."""
     from peft_plus.layers import layer_map
-    from peft_plus.trunk.service import head_cost
+    from peft_plus.trunk.choice import head_cost
 
     base = case.base()
     head = head_cost(base, layer_map(base))

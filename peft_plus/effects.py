@@ -28,6 +28,9 @@ from .stage_start import depths_of, ever_trained, run_at_start
 from .stages import Stage
 from .timeline import Change, Group
 
+_LOOKED_AT = 100
+"""Changes of a schedule that are looked at before the run, at least, for one at which nothing trains."""
+
 
 class Effects:
     """Applies a plan's declarations to one model during one stage.
@@ -231,24 +234,31 @@ class Effects:
         self.plan.timeline.extend(past)
 
     def never_trained(self, run: Run) -> set[Group]:
-        """The groups that no step of this stage will train, as far as the plugins can tell ahead.
+        """The groups that no step of this stage has trained or will, as far as the plugins can tell ahead.
 
         Raises:
             MethodError: there is a step at which nothing trains.
         """
         never = self.groups() if run.step < max(run.max_steps, 1) else set()  # else resumed at its end
-        for step, names in self.schedule(run, run.step, max(run.max_steps, 1)):
+        never = never.difference(*(change.groups for change in self.plan.timeline if change.stage == self.stage.name))
+        for looked, (step, names) in enumerate(self.schedule(run, run.step, max(run.max_steps, 1)), start=1):
             if not names:
-                together = " and ".join(who(plugin, self.plan.origins) for plugin in self._gates)
-                raise MethodError(
-                    f"Nothing trains from step {step} on, by what {together} say. Change the settings, or drop one."
-                )
+                raise self.nothing_trains(step)
             never -= self.groups(names.__contains__)
             if self.unforeseen(run.at(step)) is not None:
                 return set()
-            if not never:
+            if not never and looked >= _LOOKED_AT:
                 break
         return never
+
+    def nothing_trains(self, step: int) -> MethodError:
+        """The error for a step from which on the plugins leave nothing."""
+        alone = len(self._gates) == 1
+        return MethodError(
+            f"Nothing trains from step {step} on, by what "
+            f"{' and '.join(who(plugin, self.plan.origins) for plugin in self._gates)} {'says' if alone else 'say'}. "
+            f"Change the settings, or drop {'it' if alone else 'one of them'}."
+        )
 
     def schedule(self, run: Run, start: int, stop: int) -> Iterator[tuple[int, frozenset[str]]]:
         """From `start` until before `stop`: each step at which what trains may change, and what trains from it on.

@@ -131,6 +131,8 @@ class Engine:
         if watch:
             self._begin_watch()
         self.weights.watch, self._refused = self._watch, "" if watch else _COPIES
+        if not self._changes():
+            self.effects.recall(self.run)
         never = self.effects.never_trained(self.run)
         if never:
             names = ", ".join(label(g, plan.layers.num_blocks) for g in sorted(never, reverse=True))
@@ -141,8 +143,6 @@ class Engine:
                 names,
             )
         check_states(plan, self.stage)
-        if not self._changes():
-            self.effects.recall(self.run)
         self.effects.apply(self.run)
         self._restore_graph()  # of a run that broke off
         self._restore_graph = cut_graph(self.model)
@@ -384,7 +384,9 @@ class Engine:
     def no_gradient(self) -> MethodError:
         """The error for a loss that needs nothing of what trains at this step."""
         groups = sorted(self.effects.groups(self.effects.trains), reverse=True)
-        now = ", ".join(label(group, self.plan.layers.num_blocks) for group in groups) or "nothing"
+        if not groups:
+            return self.effects.nothing_trains(self.run.step)
+        now = ", ".join(label(group, self.plan.layers.num_blocks) for group in groups)
         return MethodError(
             f"At step {self.run.step} only {now} may train, and the loss uses none of it. "
             "Let something that it uses train from the start, or use another loss."

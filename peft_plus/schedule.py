@@ -61,7 +61,7 @@ def freezing_schedule(
                 "phases by hand."
             )
         if not names:
-            raise MethodError(f"Nothing trains from step {step} on. Change the settings of what freezes.")
+            raise effects.nothing_trains(step)
         if not begun or begun[-1][1] != names:
             begun.append((step, names))
     phases: list[dict[str, Any]] = []
@@ -77,6 +77,8 @@ def _stage(plan: Plan, name: str | None) -> Stage:
     found = next((stage for stage in plan.stages if stage.name == name), None)
     if found is None:
         names = ", ".join(repr(stage.name) for stage in plan.stages)
+        if name is None:
+            raise MethodError(f"This plan has the stages {names}. Say which: stage={plan.stages[-1].name!r}.")
         raise MethodError(f"This plan has the stages {names}, and stage={name!r} names none of them.")
     return found
 

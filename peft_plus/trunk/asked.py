@@ -7,7 +7,7 @@ from ..compose import Plan, who
 from ..errors import MethodError, PluginError
 from ..plugin import Run
 from ..stages import Stage
-from .cache import CacheOptions
+from .options import CacheOptions
 
 
 def asked_options(plan: Plan, stage: Stage, run: Run) -> CacheOptions | None:

@@ -7,21 +7,14 @@ for this very pass, so that a resumed run, whose store may hold more, gets the s
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import inspect
 import json
 import logging
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from types import MethodType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,33 +24,18 @@ from ..errors import MethodError
 from ..layers import Layers, transformers_model
 from ..random_state import rng_state, set_rng_state
 from .data import TrainingData
-from .identity import identity
+from .folder import Folder, cannot_write
+from .identity import identity, settings_of
+from .in_place import InPlace
+from .options import CacheOptions
+from .padding import Padding
 from .passes import Trunk
 from .rows import Rows, UnknownRows, row_count, rows_of
 from .space import check_space
-from .store import FeatureStore, rank
-from .trial import WITHOUT, check_mates, check_model, check_pass, compare, far, moves, padding_matters
+from .store import FeatureStore
+from .trial import WITHOUT, check_mates, check_model, check_pass, check_stored, compare
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheOptions:
-    """What a plugin asks for in `trunk_cache`.
-
-    Attributes:
-        folder: where stores lie, each in a sub-folder of its own; they are kept, and found again by later runs. None:
-            beside the run's checkpoints, or in a temporary folder, until the run has finished.
-        dtype: `exact` keeps features as the trunk puts them out; `bf16` rounds them, for half the space of fp32.
-        limit_gb: a store that would be larger is refused, or ends there.
-        fill: `first_epoch` stores what the first pass over the data computes; `before` computes it all before the
-            first step, in batches sorted by length.
-    """
-
-    folder: str | None = None
-    dtype: Literal["exact", "bf16"] = "exact"
-    limit_gb: float = 20.0
-    fill: Literal["first_epoch", "before"] = "first_epoch"
 
 
 class TrunkCache:
@@ -86,25 +64,21 @@ class TrunkCache:
         self._inner: Any = transformers_model(model)
         check_model(self._inner)
         self._data = data
-        self._temporary = options.folder is None and scratch is None
-        self._kept = options.folder is not None
-        self._base = _writable(Path(options.folder)) if options.folder else scratch or _temporary()
-        self._native: Callable[..., Any] = self._inner.forward
-        self._signature = inspect.signature(self._native)
+        self.folder = Folder(options.folder, scratch)
+        self.padding = Padding()
         self._encoder_only = bool(getattr(self._inner.config, "is_encoder_decoder", False))
         self._trunk: Trunk | None = None
         self._store: FeatureStore | None = None
+        self._settings = settings_of(model)
         self._what: dict[str, Any] = {}  # what the store is of
         self._weights: list[Tensor] = []  # of the trunk
         self._versions: list[tuple[int, int]] = []
-        self._left: dict[Path, int] = {}  # stores of other blocks → checkpoints begun since
         self._lifted = self._filling = self._gave_up = False
         self._compared = self._tried = False  # a pass with the trunk's output put in; a row alone, and as it was found
-        self._by_place: bool | None = None  # whether padding on the left moves positions; None: not known yet
-        self._matters: dict[bool, bool] = {}  # left or right → whether what the trunk makes of padding counts
         self._passes = 0  # whole ones over the data
         self._served, self._computed = 0, 0  # rows since the last look
-        self._install()
+        self._place = InPlace(self._inner, self._pass)
+        self._native = self._place.native
 
     # ---- when it serves --------------------------------------------------------------------------------------------
 
@@ -128,21 +102,11 @@ class TrunkCache:
         self._passes = 0 if whole else -1
 
     def _drop(self) -> None:
-        """Let go of the store. One beside checkpoints stays until no run is likely to go on from one that needs it."""
+        """Let go of the store."""
         store, self._store = self._store, None
         if store is not None:
-            store.close(remove=self._temporary)
-            if not self._kept and not self._temporary:
-                self._left[store.folder] = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """What was found out about padding: a resumed run must name rows as the interrupted one did."""
-        return {"by_place": self._by_place, "left": self._matters.get(True), "right": self._matters.get(False)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
-        self._by_place = state["by_place"]
-        self._matters = {side == "left": state[side] for side in ("left", "right") if state[side] is not None}
+            store.close()
+            self.folder.leaves(store.folder.name)
 
     def rest(self) -> None:
         """Once the model is in train mode: what runs in the trunk stays in eval mode."""
@@ -197,99 +161,50 @@ class TrunkCache:
         """
         if self._store is not None:
             self._store.seal()
-        for folder, checkpoints in list(self._left.items()):
-            if checkpoints:  # one was finished since, and does not need it
-                shutil.rmtree(folder, ignore_errors=True)
-                del self._left[folder]
-            else:
-                self._left[folder] = 1
+        self.folder.checkpoint_begins()
 
-    def move(self, folder: Path) -> None:
+    def move(self, place: Path) -> None:
         """Keep a temporary store beside checkpoints from now on. Every process must call it, once it has sealed.
 
         Args:
-            folder: of its own.
+            place: a folder of its own.
         """
-        if not self._temporary:
-            return
-        gather(None)  # all have sealed
-        problem = None
-        if rank() == 0 and self._base.is_dir():
-            try:
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                shutil.rmtree(folder, ignore_errors=True)
-                shutil.move(self._base, folder)
-            except OSError as error:
-                problem = str(error)
-        problem = gather(problem)[0]
-        if problem is not None:
-            logger.warning("What trunk_cache stored could not be kept beside the checkpoints: %s.", problem)
-            return
-        self._base, self._temporary = folder, False
-        if self._store is not None:
-            self._store.folder = folder / self._store.folder.name
+        if self.folder.move(place) and self._store is not None:
+            self._store.folder = place / self._store.folder.name
 
     def close(self, *, finished: bool) -> None:
         """Give the model back. Where nobody named a folder, the store goes too once the run has `finished`."""
         if self._store is not None:
             self._store.close()
-        if not self._kept and (finished or self._temporary):
-            shutil.rmtree(self._base, ignore_errors=True)
-        elif not self._kept and self._base.is_dir():
-            with suppress(OSError):
-                self._base.rmdir()  # nothing was stored
+        self.folder.close(finished=finished)
         self._trunk, self._store = None, None
-        if vars(self._inner).get("forward") is self._forward_in_place:
-            if self._own_forward is None:
-                del self._inner.forward
-            else:
-                self._inner.forward = self._own_forward
+        self._place.remove()
 
     # ---- a pass ----------------------------------------------------------------------------------------------------
 
-    def _install(self) -> None:
-        """In place of the model's `forward`, which PEFT calls past all hooks."""
-
-        @functools.wraps(self._native)
-        def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if module is not self._inner:  # a copy of the model, which took this along
-                return type(module).forward(module, *args, **kwargs)
-            trunk = self._trunk
-            training = torch.is_grad_enabled() and self._inner.training
-            if trunk is None or self._lifted or self._gave_up or not (training or self._filling):
-                return self._native(*args, **kwargs)
-            given = self._named(args, kwargs)
-            check_pass(given)
-            if not self._compared:
-                compare(self.model, self._native, trunk, given)
-                self._compared = True
-            if self._filling:
-                return self._fill_with(trunk, given)
-            features = self._features(trunk, given)
-            trunk.rest()  # which modules these are is known only now, after the first time
-            with trunk.skipping(features):
-                return self._native(**given)
-
-        module = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-        signature = self._signature.replace(parameters=[module, *self._signature.parameters.values()])
-        forward.__signature__ = signature  # type: ignore[attr-defined]
-        self._own_forward = vars(self._inner).get("forward")
-        self._forward_in_place = MethodType(forward, self._inner)
-        self._inner.forward = self._forward_in_place
-
-    def _named(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """All arguments by name."""
-        given = dict(self._signature.bind_partial(*args, **kwargs).arguments)
-        for name, parameter in self._signature.parameters.items():
-            if parameter.kind is parameter.VAR_KEYWORD:
-                given |= given.pop(name, {})
-        return given
+    def _pass(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """A pass of the model."""
+        trunk = self._trunk
+        training = torch.is_grad_enabled() and self._inner.training
+        if trunk is None or self._lifted or self._gave_up or not (training or self._filling):
+            return self._native(*args, **kwargs)
+        given = self._place.named(args, kwargs)
+        check_pass(given)
+        if not self._compared:
+            compare(self.model, self._native, trunk, given)
+            self._compared = True
+        if self._filling:
+            return self._fill_with(trunk, given)
+        features = self._features(trunk, given)
+        trunk.rest()  # which modules these are is known only now, after the first time
+        with trunk.skipping(features):
+            return self._native(**given)
 
     def fill(self, *, batch_size: int) -> None:
         """Compute and store what the data hold, before training. Every process must call it.
 
         Args:
-            batch_size: of training. Only with 1 does a collator that packs a batch into one row make the same row twice.
+            batch_size: of training. A collator that packs a batch into one row makes the same row twice only with 1.
         Raises:
             MethodError: the data are read as a stream, or packed anew in each epoch.
         """
@@ -298,7 +213,7 @@ class TrunkCache:
             with torch.no_grad():
                 for batch in self._batches(batch_size):
                     # Through all that wraps the model, e.g. in autocast, and adds arguments.
-                    self.model.forward(**{k: v for k, v in batch.items() if k in self._signature.parameters})
+                    self.model.forward(**{name: value for name, value in batch.items() if self._place.takes(name)})
         finally:
             self._filling = False
         self._share()
@@ -345,32 +260,20 @@ class TrunkCache:
         assert stored is not None
         if not self._tried:
             check_mates(self._native, trunk, given, features)
-            self._check_stored(rows, features, stored)
+            assert self._store is not None
+            check_stored(features, stored, rows, self._store.folder)
             self._tried = True
         return stored
 
     def _rows(self, trunk: Trunk, given: Mapping[str, Any]) -> Rows:
         mask = given.get("attention_mask")
         if isinstance(mask, Tensor) and 2 <= mask.dim() <= 3:
-            self._look_at_padding(trunk, given, mask)
-        whole = any(self._matters.values())
+            self.padding.look(self.model, self._native, trunk, given, mask)
+        by_place, whole = bool(self.padding.by_place), self.padding.whole
         try:
-            return rows_of(given, by_place=bool(self._by_place), whole=whole, encoder_only=self._encoder_only)
+            return rows_of(given, by_place=by_place, whole=whole, encoder_only=self._encoder_only)
         except UnknownRows as error:
             raise MethodError(f"trunk_cache cannot tell the examples of a batch apart: {error}. {WITHOUT}") from None
-
-    def _look_at_padding(self, trunk: Trunk, given: Mapping[str, Any], mask: Tensor) -> None:
-        """Find out what padding does to a row, once there is some."""
-        for left in (True, False):
-            if left not in self._matters and not bool(mask[..., 0 if left else -1].all()):
-                self._matters[left] = padding_matters(self.model, self._native, trunk, given, mask, left=left)
-                if self._matters[left]:
-                    logger.info(
-                        "Padding on the %s counts in this model, so an example that is padded further is stored anew.",
-                        "left" if left else "right",
-                    )
-        if self._by_place is None and mask.dim() == 2 and bool(((mask[:, 0] == 0) & mask.bool().any(1)).any()):
-            self._by_place = moves(self._native, trunk, given, mask)
 
     def _read(self, rows: Rows, given: Mapping[str, Any], otherwise: Sequence[Tensor] | None = None) -> Tensor | None:
         assert self._store is not None
@@ -403,7 +306,7 @@ class TrunkCache:
 
     def _identity(self, trunk: Trunk) -> dict[str, Any]:
         dtype = trunk.dtype if self.options.dtype == "exact" else torch.bfloat16
-        what = identity(self.model, self.layers, trunk.depth, autocast=trunk.autocast)
+        what = identity(self.model, self.layers, trunk.depth, settings=self._settings, autocast=trunk.autocast)
         return what | {"features": str(trunk.dtype), "stored": str(dtype)}
 
     def _open(self, trunk: Trunk, features: Tensor, rows: Rows) -> FeatureStore:
@@ -415,11 +318,11 @@ class TrunkCache:
         self._what, self._versions = self._identity(trunk), self._state_of_weights()
         name = hashlib.blake2b(json.dumps(self._what, sort_keys=True).encode(), digest_size=8).hexdigest()
         dtype = features.dtype if self.options.dtype == "exact" else torch.bfloat16
-        self._left.pop(self._base / name, None)
+        folder, limit = self.folder.opens(name), self.options.limit_gb * 1e9
         try:
-            store = FeatureStore(self._base / name, self._what, dtype=dtype, limit=self.options.limit_gb * 1e9)
+            store = FeatureStore(folder, self._what, dtype=dtype, limit=limit)
         except OSError as error:
-            raise _cannot_write(error) from error
+            raise cannot_write(error) from error
         try:
             check_space(store, self._data, rows, features, block=trunk.depth)
         except MethodError:
@@ -427,44 +330,8 @@ class TrunkCache:
             raise
         return store
 
-    def _check_stored(self, rows: Rows, features: Tensor, stored: Tensor) -> None:
-        """What was found must be what is computed.
-
-        Raises:
-            MethodError: it is not.
-        """
-        assert self._store is not None
-        for row, (first, end) in enumerate(rows.spans or [(0, features.shape[1])] * len(features)):
-            if far(stored[row : row + 1, first:end], features[row : row + 1, first:end]):
-                raise MethodError(
-                    f"The features in {self._store.folder} are not those that this model computes. Delete that folder: "
-                    "they are computed again."
-                )
-
 
 def _real_tokens(rows: Rows, features: Tensor) -> list[Tensor]:
     """The features of each row, without its padding."""
     spans = rows.spans or [(0, features.shape[1])] * len(features)
     return [row[first:end] for row, (first, end) in zip(features, spans, strict=True)]
-
-
-def _temporary() -> Path:
-    """A temporary folder, the same for all processes."""
-    mine = tempfile.mkdtemp(prefix="peft_plus_trunk_")
-    first = gather(mine)[0]
-    if first != mine:
-        os.rmdir(mine)
-    return Path(first)
-
-
-def _writable(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError as error:
-        raise _cannot_write(error) from error
-
-
-def _cannot_write(error: OSError) -> MethodError:
-    return MethodError(f"trunk_cache cannot write its store: {error}. Give another folder=.")

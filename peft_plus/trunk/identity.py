@@ -16,14 +16,27 @@ from ..layers import Layers, transformers_model
 from ..proof import checksum
 from .passes import trunk_blocks
 
-_NOT_FOR_THE_TRUNK = frozenset({"problem_type", "id2label", "label2id", "use_cache", "_name_or_path"})
-"""Settings of a model that change nothing below its head. Some are set by a model's first pass, or by a Trainer."""
+_NOT_FOR_THE_TRUNK = frozenset(
+    {"problem_type", "id2label", "label2id", "use_cache", "_name_or_path", "architectures", "dtype", "torch_dtype"}
+)
+"""Settings of a model that change nothing below its head. Some are written by its first pass, or when it is saved."""
 
 
-def identity(model: nn.Module, layers: Layers, depth: int, *, autocast: str) -> dict[str, Any]:
+def settings_of(model: nn.Module) -> dict[str, str]:
+    """Digests of the settings of a model and of its adapters, taken before training: saving a model changes some."""
+    inner: Any = transformers_model(model)
+    config = {name: value for name, value in inner.config.to_dict().items() if name not in _NOT_FOR_THE_TRUNK}
+    adapters = {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()}
+    return {"config": _digest(config), "adapters": _digest(adapters)}
+
+
+def identity(
+    model: nn.Module, layers: Layers, depth: int, *, settings: dict[str, str], autocast: str
+) -> dict[str, Any]:
     """All that the output of block `depth` depends on: weights, settings, and the kernels that compute it.
 
     Args:
+        settings: see `settings_of`.
         autocast: in which dtype the pass computes, or `off`.
     Returns: plain values, equal where features may be shared.
     Raises:
@@ -44,16 +57,11 @@ def identity(model: nn.Module, layers: Layers, depth: int, *, autocast: str) -> 
             raise MethodError(f"trunk_cache cannot read the frozen weight {name!r}, which is {place}. Leave it out.")
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{checksum(tensor)}".encode())
     at_work = [name for name in weights if name in adapters and name not in idle]
-    settings: dict[str, Any] = {}
-    if at_work:
-        settings = {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()}
-        settings["active"] = list(getattr(model, "active_adapters", ()))
-    config = {name: value for name, value in inner.config.to_dict().items() if name not in _NOT_FOR_THE_TRUNK}
     return {
         "model": type(inner).__name__,
-        "config": _digest(config),
+        "config": settings["config"],
         "attention": str(getattr(inner.config, "_attn_implementation", None)),
-        "adapters": _digest(settings),
+        "adapters": [settings["adapters"], *getattr(model, "active_adapters", ())] if at_work else [],
         "block": depth,
         "weights": digest.hexdigest(),
         "device": next(iter(weights.values())).device.type,

@@ -119,7 +119,7 @@ class Trunk:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 nonlocal used
                 if place == 0 and needs_first:  # e.g. T5: the first block makes the position bias of all others
-                    with torch.no_grad():
+                    with torch.no_grad(), eval_mode(self.blocks[0]):  # so that it is not checkpointed either
                         sides[:] = native(*args, **kwargs)[1:]
                 if place < len(self.blocks) - 1:
                     hidden = _input(args, kwargs)

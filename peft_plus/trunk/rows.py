@@ -7,7 +7,7 @@ example that changed is not found.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +96,7 @@ def rows_of(
 
 def row_count(batch: Mapping[str, Any]) -> int:
     """How many rows a batch has."""
-    sized = (value for name in (*_MAIN, *batch) if getattr(value := batch.get(name), "ndim", 0))
+    sized: Iterator[Any] = (batch[name] for name in (*_MAIN, *batch) if getattr(batch.get(name), "ndim", 0))
     return len(next(sized, ()))
 
 

@@ -1,9 +1,9 @@
-"""When the trunk of a run is served: up to which block, from which step to which, and what that saves."""
+"""When the trunk of a run is served, from which step to which."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MethodError
-from ..layers import Layers, transformers_model
-from .cache import CacheOptions, TrunkCache
+from ..layers import Layers
+from .cache import TrunkCache
+from .choice import choose_depth, head_cost, lowest_ahead, step_ratio
 from .data import TrainingData
+from .options import CacheOptions
 from .passes import Trunk, trunk_blocks
 
 if TYPE_CHECKING:
@@ -74,7 +76,7 @@ class TrunkService:
         if self._cache is not None and state and "depth" in state:
             self._lowest = state["lowest"]
             self._watch_top()
-            self._cache.load_state_dict(state["padding"])
+            self._cache.padding.load_state_dict(state["padding"])
             self._cache.serve(state["depth"], whole=_whole_epoch(run))
         self.step_begin(run)
 
@@ -82,7 +84,7 @@ class TrunkService:
         """What a checkpoint keeps, as plain values."""
         if self._cache is None:
             return {}
-        return {"lowest": self._lowest, "depth": self._cache.depth, "padding": self._cache.state_dict()}
+        return {"lowest": self._lowest, "depth": self._cache.depth, "padding": self._cache.padding.state_dict()}
 
     def step_begin(self, run: Run) -> None:
         """At an update boundary, once it is known what trains."""
@@ -272,81 +274,6 @@ class TrunkService:
             self._cache.close(finished=finished)
 
 
-def lowest_ahead(effects: Effects, run: Run) -> list[tuple[int, int]]:
-    """(step, lowest depth that trains from there on), from the present on, as far as the plugins can tell ahead.
-
-    It ends with the first at which the lowest block trains: nothing can be served after it.
-    """
-    depths = {param.name: param.depth for param in effects.params}
-    found: list[tuple[int, int]] = []
-    for step, names in effects.schedule(run, run.step, max(run.max_steps, run.step + 1)):
-        lowest = min((depths[name] for name in names), default=run.num_blocks + 2)
-        if not found or found[-1][1] != lowest:
-            found.append((step, lowest))
-        if lowest <= 1 or effects.unforeseen(run.at(step)) is not None:
-            break
-    return found
-
-
-def choose_depth(
-    ahead: Sequence[tuple[int, int]],
-    *,
-    step: int,
-    max_steps: int,
-    steps_per_epoch: int,
-    serving: int = 0,
-    paid: bool = False,
-    blocks: Callable[[int], int] = lambda depth: depth,
-) -> int:
-    """Which k to serve from `step` on: where most block passes are saved until block k thaws.
-
-    Serving k saves k blocks of each step, but filling the store takes them for one pass over the data:
-    k · (T_k − step − epoch), T_k being the step at which something at depth ≤ k trains. What is served already is
-    filled.
-
-    Args:
-        ahead: (step, lowest depth that trains from there on), from the present on, in order.
-        steps_per_epoch: 0 where it is not known; then filling counts nothing.
-        serving: the depth that is served already, 0 for none.
-        paid: whether the user wants the first store anyway, to be filled before training or for later runs.
-        blocks: depth → how many blocks of the trunk lie at or below it; fewer in an encoder beside a longer decoder.
-    Returns: 0 where nothing is saved.
-    """
-    lowest = ahead[0][1]
-    best, saved = 0, 0
-    for depth in range(lowest - 1, 0, -1):
-        until = next((at for at, low in ahead if low <= depth), max_steps)
-        filled = depth == serving or (paid and not serving)
-        gain = blocks(depth) * (until - step - (0 if filled else steps_per_epoch))
-        if gain > saved:
-            best, saved = depth, gain
-    return best
-
-
 def _whole_epoch(run: Run) -> bool:
     """Whether a pass over the data begins now."""
     return not run.steps_per_epoch or run.step % run.steps_per_epoch == 0
-
-
-def step_ratio(share: float, head: float) -> float:
-    """The time of a step that finds the trunk's output, over that of one that computes it.
-
-    (2(1 − f) + 2h) / (2 − f + 2h): a forward pass of all blocks takes 1, a backward pass through a frozen weight as
-    much as a forward pass, and a backward pass stops above the trunk.
-
-    Args:
-        share: f, the trunk's share of the blocks, 0..1.
-        head: h, the head's forward pass as a multiple of that of all blocks.
-    """
-    return (2 * (1 - share) + 2 * head) / (2 - share + 2 * head)
-
-
-def head_cost(model: nn.Module, layers: Layers) -> float:
-    """What a head that is applied to every token costs, as a multiple of all blocks: by the number of weights."""
-    inner: Any = transformers_model(model)
-    output = getattr(inner, "get_output_embeddings", lambda: None)()
-    weights = sum(
-        t.numel() for name, t in model.named_parameters() if 1 <= layers.depth.get(name, 0) <= layers.num_blocks
-    )
-    weight = getattr(output, "weight", None)
-    return 0.0 if weight is None else weight.numel() / max(weights, 1)

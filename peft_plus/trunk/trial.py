@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import MethodError
 from .passes import Trunk, eval_mode
-from .rows import is_by_token, row_count
+from .rows import Rows, is_by_token, row_count
 
 WITHOUT = "Train without trunk_cache: everything else stays the same."
 
@@ -21,8 +22,6 @@ one machine they are equal to the last bit."""
 _CLOSE = 0.05
 """How far two computations of the same features may lie apart, relative to their size: the shape of a batch changes how
 they are rounded, in half precision by a hundredth."""
-_MOVED = {torch.float64: 1e-6, torch.float32: 1e-3}
-_MOVED_IN_HALF_PRECISION = 0.01
 
 
 def check_model(inner: Any) -> None:
@@ -63,14 +62,14 @@ def compare(model: nn.Module, forward: Callable[..., Any], trunk: Trunk, given: 
     """
     few = part(given, slice(0, 2))
     features = trunk.features(forward, few)
-    with _trial(model):
+    with trial(model):
         plain = forward(**few)
         try:
             with trunk.skipping(features):
                 skipped = forward(**few)
         except Exception as error:
             raise _differs(trunk, f"fails ({type(error).__name__}: {error})") from error
-    what = _difference(plain, skipped)
+    what = difference(plain, skipped)
     if what is not None:
         raise _differs(trunk, f"gives another {what}")
 
@@ -97,46 +96,28 @@ def check_mates(forward: Callable[..., Any], trunk: Trunk, given: Mapping[str, A
         )
 
 
-def padding_matters(
-    model: nn.Module, forward: Callable[..., Any], trunk: Trunk, given: Mapping[str, Any], mask: Tensor, *, left: bool
-) -> bool:
-    """Whether anything that counts depends on what the trunk makes of padding, or on how much of it there is.
-
-    It does where a head looks at it (spans are chosen among all tokens, a causal model predicts its first token from
-    the padding on its left, BERT reads its first token, which may be padding), or where the trunk does (convolutions).
-
-    Args:
-        mask: of the batch, (…, tokens).
-        left: on the left, or on the right.
-    """
-    amount = (mask == 0).cumprod(-1).sum(-1) if left else (mask == 0).flip(-1).cumprod(-1).sum(-1)
-    rows = amount.flatten(1).amax(1) if amount.dim() > 1 else amount
-    few = part(given, rows.argsort(descending=True)[:2].sort().values)
-    real = few["attention_mask"].flatten(0, -2).bool()
-    features = trunk.features(forward, few)
-    if not left and mask.dim() == 2:
-        row = int(real.sum(1).argmin())
-        end = int(real[row].nonzero()[-1]) + 1 if bool(real[row].any()) else real.shape[1]
-        shorter = trunk.features(forward, part(few, slice(row, row + 1), slice(0, end)))
-        if shorter.shape[1] != end or far(shorter, features[row : row + 1, :end]):
-            return True
-    counts = real.clone()
-    counts[:, :-1] |= real[:, 1:]  # also what may predict the first one
-    zero = features.masked_fill(~real.view(real.shape + (1,) * (features.dim() - 2)), 0.0)
-    with _trial(model):
-        outputs = []
-        for one in (features, zero):
-            with trunk.skipping(one):
-                outputs.append(forward(**few))
-    return _difference(*outputs, counts) is not None
-
-
 @contextmanager
-def _trial(model: nn.Module) -> Generator[None]:
+def trial(model: nn.Module) -> Generator[None]:
     """For a pass in the middle of another, in eval mode and without a gradient."""
     with torch.no_grad(), eval_mode(model):
         yield
     torch.clear_autocast_cache()  # older versions of torch keep weights that were cast without a gradient
+
+
+def check_stored(features: Tensor, stored: Tensor, rows: Rows, folder: Path) -> None:
+    """What was found for a batch must be what is computed.
+
+    Args:
+        folder: where it was found.
+    Raises:
+        MethodError: it is not.
+    """
+    for row, (first, end) in enumerate(rows.spans or [(0, features.shape[1])] * len(features)):
+        if far(stored[row : row + 1, first:end], features[row : row + 1, first:end]):
+            raise MethodError(
+                f"The features in {folder} are not those that this model computes. Delete that folder: they are "
+                "computed again."
+            )
 
 
 def far(one: Tensor, other: Tensor) -> bool:
@@ -144,25 +125,6 @@ def far(one: Tensor, other: Tensor) -> bool:
     one, other = (x.float().flatten(2) if x.dim() > 2 else x.float() for x in (one, other))
     size = other.norm(dim=-1)
     return bool(((one - other).norm(dim=-1) > _CLOSE * size.clamp(min=1e-3 * float(size.max()))).any())
-
-
-def moves(forward: Callable[..., Any], trunk: Trunk, given: Mapping[str, Any], mask: Tensor) -> bool:
-    """Whether one more padding token on the left changes what the trunk makes of the real ones.
-
-    It does where positions are counted from the left edge (GPT-2, BERT), not where they are relative or counted by the
-    mask.
-
-    Args:
-        mask: of the batch, with padding on the left, (rows, tokens).
-    """
-    row = int(((mask[:, 0] == 0) & mask.bool().any(1)).nonzero()[0])
-    first, pair = int(mask[row].nonzero()[0]), []
-    for start in (first, first - 1):
-        features = trunk.features(forward, part(given, slice(row, row + 1), slice(start, None)))
-        pair.append(features[:, first - start :].float())
-    apart = (pair[0] - pair[1]).abs() / pair[0].abs().clamp(min=1e-6)
-    half = trunk.autocast != "off" or trunk.dtype not in _MOVED
-    return float(apart.median()) > (_MOVED_IN_HALF_PRECISION if half else _MOVED[trunk.dtype])
 
 
 def part(given: Mapping[str, Any], rows: slice | Tensor, tokens: slice = slice(None)) -> dict[str, Any]:
@@ -180,7 +142,7 @@ def part(given: Mapping[str, Any], rows: slice | Tensor, tokens: slice = slice(N
     return kept
 
 
-def _difference(one: Any, other: Any, counts: Tensor | None = None) -> str | None:
+def difference(one: Any, other: Any, counts: Tensor | None = None) -> str | None:
     """What differs between the outputs of two passes; None if nothing does.
 
     Args:

@@ -32,9 +32,13 @@ LAUNCHED = {
         *("accumulation", "accumulation, Llama", "accumulation, T5", "checkpointing", "checkpointing, Llama"),
         *("shuffled", "length_buckets", "incomplete", "incomplete, accumulation", "incomplete by more", "stream"),
         *("no labels on one rank", "nf4", "nf4, checkpointing", "lp_ft"),
+        *("trunk_cache", "trunk_cache, filled before", "trunk_cache, thawing", "trunk_cache, noise"),
         *("all, AdamW, fp32", "accumulation, T5, fp32", "checkpointing, Llama, fp32"),
     ),
-    "session": ("lora", "all", "accumulation, Llama", "checkpointing", "incomplete"),
+    "session": (
+        *("lora", "all", "accumulation, Llama", "checkpointing", "incomplete"),
+        *("trunk_cache", "trunk_cache, filled before"),
+    ),
     "fsdp2": (
         *("lora", "gradual_unfreeze", "llrd", "lisa, AdamW", "surgical", "r3f", "all", "accumulation", "checkpointing"),
         *("smart, without a teacher", "thawed", *RESUMED),
@@ -47,7 +51,10 @@ LAUNCHED = {
 }
 """Loop → the scenarios that run in it."""
 
-INTERRUPTED = {"fsdp2, resumed": RESUMED, "fsdp2, best": RESUMED, "fsdp2, refused": ("lora",)}
+STORED = ("trunk_cache", "trunk_cache, thawing")
+"""What is also interrupted and resumed by a Trainer and under DDP."""
+
+INTERRUPTED = {"resumed": STORED, "fsdp2, resumed": RESUMED, "fsdp2, best": RESUMED, "fsdp2, refused": ("lora",)}
 """Likewise, for runs in two parts."""
 
 

@@ -130,10 +130,13 @@ def with_fsdp2(model: nn.Module, scenario: Scenario, processes: int, folder: Pat
 
 
 class Stop(TrainerCallback):
-    """Ends a run after four steps."""
+    """Ends a run after so many steps."""
+
+    def __init__(self, step: int = 4) -> None:
+        self._step = step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        control.should_training_stop |= state.global_step == 4
+        control.should_training_stop |= state.global_step == self._step
 
 
 def with_fsdp2_resumed(model: nn.Module, scenario: Scenario, processes: int, folder: Path) -> None:
@@ -142,6 +145,13 @@ def with_fsdp2_resumed(model: nn.Module, scenario: Scenario, processes: int, fol
     interrupted = build(scenario)
     with_trainer(interrupted, scenario, processes, folder, Sharded, callbacks=[Stop()], **saving)
     with_trainer(model, scenario, processes, folder, Sharded, str(folder / "checkpoint-3"), **saving)
+
+
+def with_trainer_resumed(model: nn.Module, scenario: Scenario, processes: int, folder: Path) -> None:
+    """A run that stops in the middle of an epoch, two steps after the checkpoint from which another goes on."""
+    saving = {"save_strategy": "steps", "save_steps": 11}
+    with_trainer(build(scenario), scenario, processes, folder, callbacks=[Stop(13)], **saving)
+    with_trainer(model, scenario, processes, folder, resume=str(folder / "checkpoint-11"), **saving)
 
 
 class Worsens(Sharded):
@@ -252,6 +262,7 @@ LOOPS: dict[str, Callable[[nn.Module, Scenario, int, Path], Any]] = {
     "fsdp2": with_fsdp2,
     "trainer, evaluated": with_evaluations,
     "fsdp2, evaluated": partial(with_evaluations, kind=Sharded),
+    "resumed": with_trainer_resumed,
     "fsdp2, resumed": with_fsdp2_resumed,
     "fsdp2, best": with_fsdp2_best,
     "fsdp2, refused": with_fsdp2_refused,

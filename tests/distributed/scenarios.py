@@ -123,6 +123,7 @@ PHASES = [{"train": "head", "steps": 2}, {"train": "block 1", "steps": 2}, {"tra
 NOISE = {"eps": 0.3, "weight": 1.0}
 WORST = {"eps": 0.3, "step_size": 0.2, "sigma": 0.2, "ema": 0.5}
 ALL = {"lora": LORA, "gradual_unfreeze": UNFREEZE, "llrd": {"decay": 0.7}, "r3f": NOISE}
+TRUNK = {"freeze": {"blocks": 2}, "trunk_cache": {}}
 QUIET = {name: settings for name, settings in ALL.items() if name != "r3f"}
 
 SCENARIOS: dict[str, Scenario] = {
@@ -168,6 +169,17 @@ SCENARIOS: dict[str, Scenario] = {
     "nf4, checkpointing": Scenario(ALL, quantization="nf4", checkpointing=True),
     "thawed": Scenario({"lora": LORA}, thawed="output.LayerNorm", attached={"gradual_unfreeze": UNFREEZE}),
     "thawed, in turns": Scenario({"lora": LORA}, thawed="output.LayerNorm", attached=[Turns()], adamw=True, bound=1e-5),
+    # Eight steps to an epoch. Filled before, the second process finds all that the first one stored.
+    "trunk_cache": Scenario({"lora": LORA, **TRUNK}, shuffled=True, ragged=True, steps=24, exact=True),
+    "trunk_cache, filled before": Scenario(
+        {"lora": LORA, **TRUNK, "trunk_cache": {"fill": "before"}}, shuffled=True, steps=12, exact=True
+    ),
+    "trunk_cache, thawing": Scenario(
+        {"full": {}, "gradual_unfreeze": {"every": 7}, "trunk_cache": {}}, rows=16, shuffled=True, steps=24, exact=True
+    ),
+    "trunk_cache, noise": Scenario(
+        {"lora": LORA, **TRUNK, "r3f": {**NOISE, "at": "trunk"}}, shuffled=True, steps=12, accumulation=2, exact=True
+    ),
     "lp_ft": Scenario({"lora": LORA, "lp_ft": {"probe_epochs": 0.5, "probe_lr": 0.05}}, stages=True),
     "sft": Scenario(ALL, model="llama", task="CAUSAL_LM", accumulation=2, rows=64, exact=True),
     "dpo": Scenario(QUIET, model="llama", task="CAUSAL_LM", accumulation=2, rows=64, checkpointing=True, exact=True),

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from peft_plus import load_thawed
 from tests.models import tiny
 
-from .conftest import LAUNCHED, RESUMED
+from .conftest import LAUNCHED, RESUMED, STORED
 from .loops import run
 from .scenarios import QUIET, SCENARIOS, Scenario, Weights
 
@@ -99,6 +99,14 @@ def test_a_sharded_run_ends_as_if_it_had_not_been_interrupted(name: str, two_pro
         whole = weights(two_processes, f"fsdp2:{name}", rank)
         resumed = weights(two_processes, f"fsdp2, resumed:{name}", rank)
         assert whole.keys() == resumed.keys()
+        assert [n for n in whole if not torch.equal(whole[n], resumed[n])] == []
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_what_each_process_stored_is_there_when_the_run_goes_on(name: str, two_processes: Launched) -> None:
+    """Else it would be computed anew, in other batches, and rounded otherwise."""
+    for rank in (0, 1):
+        whole, resumed = (weights(two_processes, f"{loop}:{name}", rank) for loop in ("trainer", "resumed"))
         assert [n for n in whole if not torch.equal(whole[n], resumed[n])] == []
 
 

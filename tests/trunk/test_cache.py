@@ -19,8 +19,9 @@ from torch.utils.data import IterableDataset
 from peft_plus import MethodError
 from peft_plus.layers import layer_map
 from peft_plus.trunk import CacheOptions, TrainingData, TrunkCache
+from peft_plus.trunk import segment as segment_module
 from peft_plus.trunk import store as store_module
-from peft_plus.trunk.service import choose_depth, head_cost, step_ratio
+from peft_plus.trunk.choice import choose_depth, head_cost, step_ratio
 from tests.models import EOS, NUM_CHOICES, batch, tiny
 
 from .architectures import DROPOUT, NAMES, batch_of, frozen_below, model_of, padded_left, task_of
@@ -244,7 +245,7 @@ def test_padding_on_the_left_is_served_exactly_whoever_counts_positions(name: st
     epochs = [batches_of(name, left=True)] * 2
     counted, cache = Counted(model), served(model)
     assert_same_runs(train(model, epochs, cache=cache), train(plain, epochs))
-    assert cache._by_place is counts
+    assert cache.padding.by_place is counts
     before, other = counted.rows, further(epochs[0][0], 3)
     assert_near([step(model, other)], [step(plain, other)])
     # Found again where neither positions move nor anything looks at the padding.
@@ -258,7 +259,7 @@ def test_in_half_precision_padding_on_the_left_is_served_exactly_too(name: str) 
     epochs = [batches_of(name, left=True)] * 2
     cache = served(model)
     assert_same_runs(train(model, epochs, cache=cache), train(plain, epochs))
-    assert cache._by_place or name != "gpt2"  # elsewhere rounding may look like it
+    assert cache.padding.by_place or name != "gpt2"  # elsewhere rounding may look like it
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gpt-neox", "bloom"])
@@ -271,7 +272,7 @@ def test_the_first_token_that_is_predicted_from_padding_is_predicted_from_the_sa
         inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, EOS)
     cache = served(model)
     assert_same_runs(train(model, epochs, cache=cache), train(plain, epochs))
-    assert cache._matters[True]
+    assert cache.padding.matters[True]
     other = further(epochs[0][0], 2)
     assert_near([step(model, other)], [step(plain, other)])
 
@@ -284,7 +285,7 @@ def test_padding_on_the_left_does_not_count_where_nothing_is_predicted_from_it()
     step(model, inputs)
     counted = Counted(model)
     step(model, further(inputs, 3))
-    assert (cache._matters, counted.rows) == ({True: False}, 0)
+    assert (cache.padding.matters, counted.rows) == ({True: False}, 0)
 
 
 @pytest.mark.parametrize("task", ["QUESTION_ANS", "MULTIPLE_CHOICE"])
@@ -303,7 +304,7 @@ def test_a_head_that_looks_at_padding_gets_what_it_would_have_got(task: str) -> 
     epochs = [[inputs, other]] * 2
     cache = served(model)
     assert_same_runs(train(model, epochs, cache=cache), train(plain, epochs))
-    assert cache._matters == {task == "MULTIPLE_CHOICE": True}
+    assert cache.padding.matters == {task == "MULTIPLE_CHOICE": True}
 
 
 def test_a_trunk_that_mixes_padding_in_is_served_for_rows_that_are_padded_alike() -> None:
@@ -320,7 +321,7 @@ def test_a_trunk_that_mixes_padding_in_is_served_for_rows_that_are_padded_alike(
     epochs = [[inputs, further(inputs, 0, 2)]] * 2
     cache = served(model)
     assert_same_runs(train(model, epochs, cache=cache), train(plain, epochs))
-    assert cache._matters == {False: True}
+    assert cache.padding.matters == {False: True}
 
 
 def test_padding_that_comes_later_is_looked_at_when_it_comes() -> None:
@@ -331,7 +332,7 @@ def test_padding_that_comes_later_is_looked_at_when_it_comes() -> None:
     epochs = [[full, padded, further(padded, 0, 1)]] * 2
     cache = served(model)
     assert_same_runs(train(model, epochs, cache=cache), train(plain, epochs))
-    assert cache._matters == {False: True}
+    assert cache.padding.matters == {False: True}
 
 
 # ---- a store that is found again -----------------------------------------------------------------------------------
@@ -510,7 +511,7 @@ def test_a_store_without_a_name_is_removed_when_the_run_has_finished(tmp_path: P
         assert (tmp_path / "output" / "_trunk").exists() != finished
     cache = served(model := lora())
     train(model, [batches_of("bert", 1)], cache=cache)
-    base = cache._base
+    base = cache.folder.path
     assert base.is_dir()
     cache.close(finished=False)  # nobody would find it again
     assert not base.exists()
@@ -573,7 +574,7 @@ def test_trouble_with_the_disk_changes_no_bit_of_the_run(
                 def fail(self: Any, key: bytes, array: Any) -> int:
                     raise OSError(28, "No space left on device")
 
-                monkeypatch.setattr(store_module._Segment, "append", fail)
+                monkeypatch.setattr(segment_module.Segment, "append", fail)
 
     assert_same_runs(train(model, [Troubled()] * 3, cache=cache), plain)
     cache.close(finished=True)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from peft_plus.trunk import FeatureStore
+from peft_plus.trunk import segment as segment_module
 from peft_plus.trunk import store as store_module
 
 OF = {"weights": "abc", "block": 2}
@@ -360,7 +361,7 @@ def test_an_index_that_cannot_be_written_is_told_and_the_run_goes_on(
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store_module.os, "fsync", full)
+    monkeypatch.setattr(segment_module.os, "fsync", full)
     store.seal()
     assert "could not be finished" in caplog.text
     assert torch.equal(row(store, 0), kept[0])  # type: ignore[arg-type]

@@ -71,10 +71,13 @@ class AutoFreeze(Plugin):
         return param.depth >= self._lowest(run)
 
     def next_change(self, run: Run) -> int | None:
-        if self.interval_steps is not None and 0 < run.max_steps <= 2 * self.interval_steps:
+        interval = self._interval(run)
+        if 0 < run.max_steps <= 2 * interval:
+            most = (run.max_steps - 1) // 2
             raise ValueError(
-                f"interval_steps={self.interval_steps}: two intervals are compared before anything is frozen, and this "
-                f"run has {run.max_steps} steps. Give at most {(run.max_steps - 1) // 2}, or a longer run."
+                f"an interval is {interval} step{'s' if interval > 1 else ''} long, two are compared before anything "
+                f"is frozen, and this run has {run.max_steps}. Give "
+                + (f"interval_steps={most} at most, or a longer run." if most else "it three steps or more.")
             )
         blocks = _blocks(run)
         return None if not blocks or self._lowest(run) == blocks[-1] else NotImplemented

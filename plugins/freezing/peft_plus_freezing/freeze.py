@@ -27,12 +27,12 @@ class Freeze(Plugin):
 
     Args:
         blocks: how many blocks to freeze, from the input; negative: all but that many at the top. Like `blocks[:k]`.
-        embeddings: whether to freeze them; None: together with the first blocks.
+        embeddings: whether to freeze them; None: together with the first blocks. False goes only with `blocks`.
         patterns: a pattern, or a list of them: what to freeze.
         all_but: a pattern, or a list of them: what trains all the same.
     Raises:
-        ValueError: no setting names anything; `blocks` is past the depth; a pattern matches nothing that would train;
-            or nothing is left to train.
+        ValueError: no setting names anything, or one has no effect; `blocks` is past the depth; a pattern matches
+            nothing that would train; or nothing is left to train.
     """
 
     name: ClassVar[str] = "freeze"
@@ -49,6 +49,11 @@ class Freeze(Plugin):
         if not (self.blocks or self.embeddings or self._patterns or self._all_but):
             raise ValueError(
                 "freeze names nothing to freeze: give blocks=, embeddings=True, patterns=, or all_but= for what trains."
+            )
+        if self.embeddings is False and not self.blocks:
+            raise ValueError(
+                "embeddings=False goes only with blocks=, whose first blocks freeze them too. Name what trains all the "
+                "same in all_but."
             )
         both = sorted(set(self._patterns) & set(self._all_but))
         if both:

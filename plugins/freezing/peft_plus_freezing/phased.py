@@ -16,13 +16,13 @@ from .select import any_matches
 
 logger = logging.getLogger(__name__)
 
-_BEST = "best"
-"""The name under which the best weights of the phase at work are kept."""
-
 
 @dataclass(kw_only=True)
 class Phased(Plugin):
-    """A technique that trains in phases: a subclass says which, in `_phases`."""
+    """A technique that trains in phases: a subclass says which, in `_phases`.
+
+    The best weights of the phase at work are kept under the technique's name, since all plugins of a run share names.
+    """
 
     on_freeze: ClassVar[Literal["keep", "drop_state"]] = "drop_state"
 
@@ -74,7 +74,7 @@ class Phased(Plugin):
         if phase.improves(value, self.best):
             self.best, self.waited = value, 0
             if phase.restore_best:
-                run.keep(_BEST)
+                run.keep(self.name)
         elif run.step > place.begin:  # at its beginning an evaluation says nothing about the phase
             self.waited += 1
         if self.waited >= phase.patience:
@@ -85,7 +85,7 @@ class Phased(Plugin):
         phase, following = phases[place.number], phases[place.number + 1 :]
         restored = phase.restore_best and self.best is not None
         if restored:
-            run.restore(_BEST)
+            run.restore(self.name)
         logger.info(
             "%s: phase %d of %d ends at step %d, %s stopped at %s%s.",
             *(self.name, place.number + 1, len(phases), run.step, phase.metric, self.best),
@@ -107,7 +107,7 @@ class Phased(Plugin):
         if phase.improves(value, None):
             self.best = value
             if phase.restore_best:
-                run.keep(_BEST)
+                run.keep(self.name)
 
     def on_step_end(self, run: Run) -> None:
         if run.step == 1 and run.last_evaluation_step is None:

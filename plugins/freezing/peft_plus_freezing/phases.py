@@ -154,10 +154,12 @@ def place_at(phases: Sequence[Phase], step: int, steps_per_epoch: int, stalled: 
     Args:
         steps_per_epoch: 0 where the data has no length.
         stalled: number of a phase that its metric ended → the step at which it did.
+    Raises:
+        ValueError: one of them is counted in epochs, and the data has no length.
     """
     begin = 0
-    for number, phase in enumerate(phases):
-        length = phase.length(steps_per_epoch)
+    lengths = [phase.length(steps_per_epoch) for phase in phases]  # of all, so that none is refused when it is reached
+    for number, length in enumerate(lengths):
         end = stalled.get(number) if length is None else begin + length
         if end is None or step < end or number == len(phases) - 1:
             return Place(number, begin, end)

@@ -318,9 +318,13 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: st
 
 def test_a_run_that_ends_before_anything_could_freeze_is_refused() -> None:
     model = get_model(tiny("bert"), {"lora": {}, "autofreeze": {"interval_steps": 3}})
-    with pytest.raises(PluginError, match=r"'autofreeze' .*run has 6 steps. Give at most 2"):
+    with pytest.raises(PluginError, match=r"'autofreeze' .*interval is 3 steps .* run has 6. Give interval_steps=2 at"):
         BareLoop(model, steps=6)
     BareLoop(model, steps=7)
+    model = get_model(tiny("bert"), {"lora": {}, "autofreeze": {}})
+    with pytest.raises(PluginError, match=r"'autofreeze' .*interval is 1 step .* run has 2. Give it three steps"):
+        BareLoop(model, steps=2)
+    BareLoop(model, steps=3)
 
 
 def test_beside_lisa_it_is_refused() -> None:

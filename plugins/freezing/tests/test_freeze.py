@@ -155,6 +155,7 @@ def test_nobody_warns_of_what_is_frozen_on_purpose(caplog: pytest.LogCaptureFixt
     [
         ({}, "names nothing to freeze: give blocks="),
         ({"embeddings": False}, "names nothing to freeze"),
+        ({"embeddings": False, "all_but": "head"}, "embeddings=False goes only with blocks="),
         ({"patterns": "block 0"}, "blocks count from 1"),
         ({"patterns": "head", "all_but": ["head"]}, "patterns and all_but both name 'head'"),
         ({"blocks": 4}, "blocks=4 is past the depth of this model, which has 3 blocks. Give 3 at most, or -2 at least"),

@@ -350,6 +350,15 @@ def test_bad_phases_are_refused_with_the_plugins_name(phases: Any, message: str)
         planned(phases)
 
 
+def test_beside_another_schedule_each_puts_its_own_best_weights_back() -> None:
+    phases = [{"train": "all", "patience": 9, "metric": "b_loss", "restore_best": True}]
+    model = planned(phases, chain_thaw={"metric": "a_loss", "patience": 2})
+    values = {1: {"a_loss": 1, "b_loss": 9}, 2: {"a_loss": 9, "b_loss": 1}, 3: {"a_loss": 9, "b_loss": 9}}
+    loop = EvaluatedLoop(model, values=values, steps=3).run()
+    assert changed(loop.measured[1], loop.measured[2])
+    assert not changed(loop.measured[1], weights(model)), "the best by a_loss, though b_loss was best later"
+
+
 def test_the_phases_are_required() -> None:
     with pytest.raises(MethodError, match=r"'freeze_plan' .* needs the setting 'phases'"):
         get_model(tiny("bert"), ["lora", "freeze_plan"])
@@ -364,6 +373,20 @@ def test_a_phase_to_which_another_plugin_leaves_nothing_is_refused_before_the_fi
     model = planned([{"train": "block 1", "steps": 2}, {"train": "head"}], freeze={"blocks": 1})
     with pytest.raises(MethodError, match="Nothing trains from step 0 on"):
         BareLoop(model, steps=5)
+    model = planned([{"train": "all", "steps": 2}, {"train": "block 1"}], freeze={"blocks": 1})
+    with pytest.raises(MethodError, match=r"Nothing trains from step 2 on, by what .*freeze_plan.* says\. .* drop it"):
+        BareLoop(model, steps=5)  # though everything that may ever train has trained by then
+
+
+def test_a_phase_by_metric_to_which_another_plugin_leaves_nothing_says_so_when_it_comes(tmp_path: Any) -> None:
+    phases = [{"train": "head", "patience": 1, "min_delta": 99.0}, {"train": "block 1"}]
+    model = planned(phases, freeze={"blocks": 1})
+    args = quiet(tmp_path, max_steps=9, eval_strategy="steps", eval_steps=1)
+    trainer = peft_plus.Trainer(
+        model, args, train_dataset=rows_of(8), eval_dataset=rows_of(4), data_collator=default_data_collator
+    )
+    with pytest.raises(MethodError, match=r"Nothing trains from step 2 on, by what .*freeze_plan.* says\."):
+        trainer.train()
 
 
 def test_a_run_too_short_for_its_phases_warns(caplog: pytest.LogCaptureFixture) -> None:

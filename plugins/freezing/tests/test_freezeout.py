@@ -142,6 +142,15 @@ def test_resumed_after_any_step_the_end_is_bit_identical(tuner: str) -> None:
     check_resume(lambda: get_model(tiny("bert"), [tuner, "freezeout"]))
 
 
+def test_a_resumed_run_does_not_warn_that_what_has_ended_would_never_train(caplog: pytest.LogCaptureFixture) -> None:
+    method = {"full": {}, "freezeout": {}}
+    begun = BareLoop(get_model(tiny("bert"), method), steps=12)
+    while begun.finished < 8:
+        begun.step()
+    BareLoop(get_model(tiny("bert"), method), steps=12, start=8, state=begun.state())
+    assert not caplog.messages
+
+
 def test_another_rate_multiplies() -> None:
     model = get_model(tiny("bert"), {"full": {}, "freezeout": {}, "llrd": {"decay": 0.5}})
     loop = BareLoop(model, steps=10, optimizer=torch.optim.SGD, lr=0.5, weight_decay=0.0).run()

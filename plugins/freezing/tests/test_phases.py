@@ -99,3 +99,6 @@ def test_a_phase_whose_metric_still_improves_has_no_end() -> None:
 def test_epochs_need_data_with_a_length() -> None:
     with pytest.raises(ValueError, match="epochs=2 needs data with a length; give steps="):
         place_at(phases_of([{"train": "head", "epochs": 2}, {"train": "all"}]), 0, 0, {})
+    later = phases_of([{"train": "head", "patience": 1}, {"train": "blocks", "epochs": 2}, {"train": "all"}])
+    with pytest.raises(ValueError, match="epochs=2 needs data with a length"):  # now, not when it is reached
+        place_at(later, 0, 0, {})

@@ -142,8 +142,10 @@ def test_what_cannot_be_asked_says_why() -> None:
     with pytest.raises(MethodError, match="Nothing trains from step 3 on"):
         freezing_schedule(built("full", both), max_steps=10)
     staged = get_model(tiny("bert"), ["lora", "lp_ft", "llrd"])
-    with pytest.raises(MethodError, match="has the stages 'probe', 'train', and stage=None names none of them"):
+    with pytest.raises(MethodError, match=r"has the stages 'probe', 'train'\. Say which: stage='train'"):
         freezing_schedule(staged, max_steps=10)
+    with pytest.raises(MethodError, match="has the stages 'probe', 'train', and stage='head' names none of them"):
+        freezing_schedule(staged, max_steps=10, stage="head")
     assert freezing_schedule(staged, max_steps=10, stage="probe") == [{"train": ["head"]}]
 
 

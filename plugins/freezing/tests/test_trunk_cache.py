@@ -19,8 +19,9 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import DataCollatorForLanguageModeling, TrainerCallback, default_data_collator
 
 import peft_plus
-from peft_plus import MethodError, PluginError, Session, get_model, with_plugins
+from peft_plus import MethodError, Param, Plugin, PluginError, Run, Session, get_model, with_plugins
 from peft_plus.trunk import FeatureStore
+from peft_plus_freezing.trunk_cache import TrunkCache
 from tests.models import NUM_LABELS, PAD, tiny
 from tests.tokenizers import tiny_tokenizer
 from tests.training import quiet
@@ -49,8 +50,8 @@ def rows_of(name: str, number: int, *, ragged: bool = False, **settings: Any) ->
     data = batch_of(name, rows=number, **settings)
     rows = [{key: value[i] for key, value in data.items()} for i in range(number)]
     if ragged:
-        for row in rows:
-            kept = int(row["attention_mask"].sum())
+        for place, row in enumerate(rows):
+            kept = min(int(row["attention_mask"].sum()), 3 + place * 5 % 13)
             for key, value in row.items():
                 row[key] = value[:kept] if value.dim() == 1 else value
     return rows
@@ -440,6 +441,37 @@ def test_a_schedule_is_handed_over_exactly_where_a_block_thaws(
     assert list(tmp_path.iterdir()) == []
 
 
+class Rewinds(Plugin):
+    """All trains for four steps, then the head alone; at step 10 all weights become again what they were at step 2."""
+
+    name = "rewinds"
+
+    def may_train(self, run: Run, param: Param) -> bool:
+        return run.step < 4 or param.depth == run.num_blocks + 1
+
+    def next_change(self, run: Run) -> int | None:
+        return 4 if run.step < 4 else None
+
+    def on_step_end(self, run: Run) -> None:
+        if run.step == 2:
+            run.keep("early")
+        if run.step == 10:
+            run.restore("early")
+
+
+def test_weights_that_are_put_back_below_the_store_are_computed_with(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = []
+    for more in ([], [TrunkCache()]):
+        torch.manual_seed(0)
+        model = get_model(model_of("bert"), ["full", Rewinds(), *more], task="SEQ_CLS")
+        trainer_of(model, rows_of("bert", 16), tmp_path, num_train_epochs=4).train()
+        found.append(weights(model))
+    assert differing(*found) == []
+    assert "The frozen blocks 1 to 3 were changed, so their output is stored anew" in caplog.text
+
+
 def test_a_stage_in_which_everything_trains_goes_on_without_a_store(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -499,11 +531,13 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 STEPS = 20
 
 
-def long_run(schedule: str, folder: Path, *callbacks: TrainerCallback, resume: Any = None) -> Weights:
+def long_run(
+    schedule: str, folder: Path, *callbacks: TrainerCallback, save_steps: int = STEPS, resume: Any = None
+) -> Weights:
     """Five epochs of four steps in random order, of rows of different length, with dropout above the trunk."""
     name = "llama" if schedule == "left" else "bert"
     model = built(name, {**SCHEDULES[schedule], "trunk_cache": {}}, **DROPOUT[name])
-    rows = rows_of(name, 16, ragged=schedule != "left", left=schedule == "left")
+    rows = rows_of(name, 16, ragged=schedule != "left", left=schedule == "left", length=16)
     trainer = trainer_of(
         model,
         [*rows[:14], *rows[:2]],  # two examples come twice
@@ -513,7 +547,7 @@ def long_run(schedule: str, folder: Path, *callbacks: TrainerCallback, resume: A
         train_sampling_strategy="random",
         num_train_epochs=5,
         save_strategy="steps",
-        save_steps=1,
+        save_steps=save_steps,
     )
     trainer.train(resume_from_checkpoint=resume)
     return weights(model)
@@ -534,34 +568,45 @@ def killed() -> Iterator[None]:
             yield
 
 
-@pytest.mark.parametrize("schedule", ["static", "gradual", "left"])
-@pytest.mark.parametrize("late", [0, 3])
-def test_killed_after_any_step_and_resumed_the_run_ends_bit_identical(schedule: str, late: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("schedule", "late", "steps"),
+    [
+        ("static", 0, (1, 3, 4, 6, 13, 17)),
+        ("static", 3, (1, 6, 15)),
+        ("gradual", 0, (6, 7, 13, 14, 16)),
+        ("gradual", 3, (5,)),
+        ("gradual", 6, (9, 11)),
+        ("left", 3, (3, 9)),
+    ],
+)
+def test_killed_after_any_step_and_resumed_the_run_ends_bit_identical(
+    schedule: str, late: int, steps: Sequence[int], tmp_path: Path
+) -> None:
     """`late`: it went on for some steps after the checkpoint, over the end of an epoch and a thaw, and stored more."""
     whole = long_run(schedule, tmp_path / "whole")
-    for step in (1, 3, 4, 6, 7, 13, 17):
+    for step in steps:
         folder = tmp_path / f"{step}"
         with killed():
-            long_run(schedule, folder, KillAfter(min(step + late + 1, STEPS)))
-        resumed = long_run(schedule, folder, resume=str(folder / f"checkpoint-{step}"))
+            long_run(schedule, folder, KillAfter(step + late + 1), save_steps=step)
+        resumed = long_run(schedule, folder, save_steps=step, resume=str(folder / f"checkpoint-{step}"))
         assert differing(resumed, whole) == [], f"resumed at step {step}"
         assert not (folder / "_trunk").exists()
 
 
 def test_stopped_by_a_callback_it_keeps_what_a_resumed_run_needs(tmp_path: Path) -> None:
     whole = long_run("static", tmp_path / "whole")
-    long_run("static", tmp_path / "cut", StopAfter(9))
+    long_run("static", tmp_path / "cut", StopAfter(9), save_steps=9)
     assert any((tmp_path / "cut" / "_trunk").rglob("*.rows"))
-    assert differing(long_run("static", tmp_path / "cut", resume=True), whole) == []
+    assert differing(long_run("static", tmp_path / "cut", save_steps=9, resume=True), whole) == []
     assert not (tmp_path / "cut" / "_trunk").exists()
 
 
 @pytest.mark.parametrize("step", [2, 9, 17])
 def test_resumed_without_its_store_it_ends_within_rounding(step: int, tmp_path: Path) -> None:
     whole = long_run("static", tmp_path / "whole")
-    long_run("static", tmp_path / "cut", StopAfter(step))
+    long_run("static", tmp_path / "cut", StopAfter(step), save_steps=step)
     shutil.rmtree(tmp_path / "cut" / "_trunk")
-    resumed = long_run("static", tmp_path / "cut", resume=True)
+    resumed = long_run("static", tmp_path / "cut", save_steps=step, resume=True)
     start = weights(built("bert", {"lora": {}, "freeze": FROZEN}))
     assert distance(resumed, whole) < 1e-3 * distance(whole, start)
 
@@ -706,7 +751,7 @@ def test_models_that_cannot_be_served_are_refused(
 
 
 def test_a_model_whose_layers_share_their_weights_has_no_blocks_to_freeze(tmp_path: Path) -> None:
-    with pytest.raises(MethodError, match="trunk_cache.*this model has no list of blocks .all its layers may share"):
+    with pytest.raises(MethodError, match=r"trunk_cache.*this model has no list of blocks .all its layers may share"):
         built("albert", {"lora": {}, "trunk_cache": {}})
 
 
