@@ -256,7 +256,6 @@ def _plan(model: nn.Module, method: Method, tuner: Tuner, task: Task, base: Mapp
     task.virtual_tokens = prepends_tokens(model)
     layers = _layers(model, method)
     params = _params(model, layers)
-    _check_layered(method, params)
     plan = Plan(
         tuner=tuner.name,
         plugins=method.plugins,
@@ -304,13 +303,3 @@ def _params(model: nn.Module, layers: Layers) -> dict[str, Param]:
         )
         for name in trainable_names(model)
     }
-
-
-def _check_layered(method: Method, params: Mapping[str, Param]) -> None:
-    depths = {p.depth for p in params.values()}
-    for plugin in method.plugins:
-        if "layers" in plugin.needs and len(depths) < 2:
-            raise MethodError(
-                f"{who(plugin, method.origins)} needs {NEEDS['layers']}; here everything that trains "
-                f"lies at depth {sorted(depths)}. Drop the plugin, or let the tuner reach more layers."
-            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -11,13 +12,16 @@ from typing import Any
 from torch import nn
 
 from .arguments import plan_of
+from .ask import ask
 from .compose import Plan, who
 from .effects import Effects
 from .errors import MethodError
 from .layers import depth_label
-from .plugin import Param
+from .plugin import Param, Run
 from .stage_start import run_at_start
 from .stages import Stage
+
+logger = logging.getLogger(__name__)
 
 
 def freezing_schedule(
@@ -29,7 +33,8 @@ def freezing_schedule(
     phases = freezing_schedule(model, max_steps=300, steps_per_epoch=100)  # [{"train": ["head"], "steps": 100}, …]
     model = get_model(base, method={"lora": {}, "freeze_plan": {"phases": phases}})
     ```
-    The phases say what trains, not at which rate. Nothing is trained or changed.
+    The phases say what trains, and by what a plugin that freezes multiplies the rate of a whole phase (`chain_thaw`).
+    Plugins of rates alone (`llrd`) stay beside `freeze_plan`. Nothing is trained or changed.
 
     Args:
         model: from `get_model` or `attach`.
@@ -51,7 +56,7 @@ def freezing_schedule(
     chosen = _stage(plan, stage)
     effects = Effects(model, plan, chosen, **known)
     run = dataclasses.replace(run_at_start(plan, model, chosen, **known), params=effects.params, depths=effects.depths)
-    begun: list[tuple[int, frozenset[str]]] = []
+    changes: list[tuple[int, frozenset[str]]] = []
     for step, names in effects.schedule(run, 0, max_steps):
         unsure = effects.unforeseen(run.at(step))
         if unsure is not None:
@@ -62,13 +67,39 @@ def freezing_schedule(
             )
         if not names:
             raise effects.nothing_trains(step)
-        if not begun or begun[-1][1] != names:
-            begun.append((step, names))
+        changes.append((step, names))
+    ends = [step for step, _ in changes[1:]] + [max_steps]
+    begun: list[tuple[int, frozenset[str], float]] = []
+    for (step, names), end in zip(changes, ends, strict=True):
+        factor = _factor(plan, chosen, run, names, range(step, end))
+        if not begun or begun[-1][1:] != (names, factor):
+            begun.append((step, names, factor))
     phases: list[dict[str, Any]] = []
-    for (step, names), (end, _) in zip(begun, [*begun[1:], (None, ())], strict=True):
+    for (step, names, factor), (end, *_) in zip(begun, [*begun[1:], (None,)], strict=True):
         phase: dict[str, Any] = {"train": words(names, plan.params.values(), plan.layers.num_blocks)}
-        phases.append(phase if end is None else {**phase, "steps": end - step})
+        phase |= {"steps": end - step} if end is not None else {}
+        phases.append(phase | ({"lr_scale": factor} if factor != 1 else {}))
     return phases
+
+
+def _factor(plan: Plan, stage: Stage, run: Run, names: Collection[str], steps: range) -> float:
+    """By what the plugins that freeze multiply the rate of all that trains in some steps.
+
+    What changes from weight to weight or from step to step is left out, with a warning; 1 stands for it.
+    """
+    product = 1.0
+    for plugin in plan.active(stage):
+        freezes = {"may_train", "ever_trains"}.intersection(plugin.hooks())
+        if not freezes or "lr_scale" not in plugin.hooks():
+            continue
+        there = {steps[0], steps[len(steps) // 2], steps[-1]}
+        params = [param for param in run.params if param.name in names]
+        found = {float(ask(plugin, "lr_scale", run.at(step), param)) for step in there for param in params}
+        if len(found) == 1:
+            product *= found.pop()
+        elif steps[0] == 0:  # once is enough
+            logger.warning("%s sets rates that no phase can hold; what is written leaves them out.", plugin.name)
+    return product
 
 
 def _stage(plan: Plan, name: str | None) -> Stage:

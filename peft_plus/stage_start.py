@@ -11,7 +11,7 @@ from torch import nn
 from .ask import ask
 from .compose import Plan, who
 from .errors import MethodError, PluginError
-from .plugin import Param, Run
+from .plugin import NEEDS, Param, Plugin, Run
 from .stages import Stage
 
 
@@ -51,14 +51,32 @@ def check_settings_fit(plan: Plan, model: nn.Module) -> None:
     most = max(starts, key=lambda run: len(run.params))  # a first stage may train the head alone
     run = dataclasses.replace(starts[0], params=most.params, depths=most.depths)
     for plugin in plan.plugins:
+        params = _left_by_others(plan, plugin, run)
+        if "layers" in plugin.needs:
+            _check_layers(plan, plugin, params)
         if "on_build" not in plugin.hooks():
             continue
         try:
-            ask(plugin, "on_build", run)
+            ask(plugin, "on_build", dataclasses.replace(run, params=params, depths=depths_of(params)))
         except PluginError as error:
             if isinstance(error.__cause__, ValueError):
                 raise MethodError(f"{who(plugin, plan.origins)}: {error.__cause__}") from error.__cause__
             raise
+
+
+def _left_by_others(plan: Plan, plugin: Plugin, run: Run) -> tuple[Param, ...]:
+    """What may train as far as all other plugins are concerned."""
+    others = [other for other in plan.plugins if other is not plugin and "ever_trains" in other.hooks()]
+    return tuple(param for param in run.params if all(ask(other, "ever_trains", run, param) for other in others))
+
+
+def _check_layers(plan: Plan, plugin: Plugin, params: tuple[Param, ...]) -> None:
+    if len(depths_of(params)) < 2:
+        raise MethodError(
+            f"{who(plugin, plan.origins)} needs {NEEDS['layers']}; here everything that trains lies at depth "
+            f"{sorted(depths_of(params))}. Drop the plugin, or let the tuner reach more layers, and other plugins leave "
+            "them."
+        )
 
 
 def ever_trained(plan: Plan, run: Run) -> tuple[Param, ...]:

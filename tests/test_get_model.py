@@ -90,7 +90,7 @@ def test_settings_in_a_mapping(folders: dict[str, Path]) -> None:
     assert model.peft_plus.tuner == "ia3"
     assert [p.settings() for p in model.peft_plus.plugins] == [
         {"decay": 0.5},
-        {"weight": 2, "eps": 0.1, "noise": "uniform"},
+        {"weight": 2, "eps": 0.1, "noise": "uniform", "at": "embeddings"},
     ]
 
 

@@ -180,6 +180,9 @@ SCENARIOS: dict[str, Scenario] = {
     "trunk_cache, noise": Scenario(
         {"lora": LORA, **TRUNK, "r3f": {**NOISE, "at": "trunk"}}, shuffled=True, steps=12, accumulation=2, exact=True
     ),
+    "noise at the trunk": Scenario(
+        {"lora": LORA, "freeze": {"blocks": 1}, "r3f": {**NOISE, "at": "trunk"}}, bound=1e-5
+    ),
     "lp_ft": Scenario({"lora": LORA, "lp_ft": {"probe_epochs": 0.5, "probe_lr": 0.05}}, stages=True),
     "sft": Scenario(ALL, model="llama", task="CAUSAL_LM", accumulation=2, rows=64, exact=True),
     "dpo": Scenario(QUIET, model="llama", task="CAUSAL_LM", accumulation=2, rows=64, checkpointing=True, exact=True),

@@ -241,6 +241,14 @@ def test_a_bf16_head_is_a_group_of_its_own() -> None:
         check_accelerator(model.peft_plus, model, accelerator(fsdp=fsdp2(auto_wrap_policy="no_wrap")))
 
 
+@pytest.mark.parametrize("engine", [{"deepspeed": 0}, {"deepspeed": 3}, {"fsdp": fsdp2()}])
+def test_a_store_of_the_trunks_output_needs_whole_weights(engine: dict[str, Any]) -> None:
+    model = get_model(tiny("bert"), {"lora": {}, "freeze": {"blocks": 1}, "trunk_cache": {}})
+    with pytest.raises(MethodError, match=r"'trunk_cache' .*runs the lower blocks alone.*Use DDP, or leave it out"):
+        check_accelerator(model.peft_plus, model, accelerator(**engine))
+    check_accelerator(model.peft_plus, model, accelerator())
+
+
 def test_sharded_state_dicts_are_warned_of(caplog: Any) -> None:
     model = get_model(tiny("bert"), "lora")
     check_accelerator(model.peft_plus, model, accelerator(fsdp=fsdp2(state_dict_type="SHARDED_STATE_DICT")))

@@ -955,3 +955,40 @@ def test_how_long_a_step_takes() -> None:
 
 def test_every_task_here_is_known() -> None:
     assert {task_of(name) for name in NAMES} == {"SEQ_CLS", "CAUSAL_LM", "SEQ_2_SEQ_LM", "IMAGE_CLS"}
+
+
+# ---- where stores lie ----------------------------------------------------------------------------------------------
+
+
+def test_a_temporary_store_moves_beside_the_checkpoints_and_goes_on_there(tmp_path: Path) -> None:
+    epochs = [batches_of("bert")] * 2
+    plain = train(lora(), [*epochs, *epochs])
+    model = lora()
+    cache, place = served(model), tmp_path / "out" / "_trunk"
+    before = cache.folder.path
+    found = train(model, epochs, cache=cache)
+    cache.seal()
+    cache.move(place)
+    assert not before.exists()
+    assert list(place.rglob("*.index"))
+    counted = Counted(model)
+    found += train(model, epochs, cache=cache)
+    assert counted.rows == 0
+    assert_same_runs(found[:6], plain[:6])
+    cache.close(finished=True)
+    assert not place.exists()
+
+
+def test_a_place_that_cannot_take_a_temporary_store_leaves_it_where_it_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    model = lora()
+    cache = served(model)
+    step(model, batch_of("bert"))
+    cache.seal()
+    cache.move(tmp_path / "file" / "_trunk")
+    assert "could not be kept beside the checkpoints" in caplog.text
+    counted = Counted(model)
+    step(model, batch_of("bert"))
+    assert counted.rows == 0

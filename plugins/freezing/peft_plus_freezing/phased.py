@@ -79,6 +79,9 @@ class Phased(Plugin):
             self.waited += 1
         if self.waited >= phase.patience:
             self._end(run, phases, place)
+        elif run.step == run.max_steps and phase.restore_best and self.waited:
+            run.restore(self.name)
+            logger.info("%s: the run ends in a phase that was better before; its best weights are back.", self.name)
 
     def _end(self, run: Run, phases: Sequence[Phase], place: Place) -> None:
         """The metric of the phase has stopped improving."""

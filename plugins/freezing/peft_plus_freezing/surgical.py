@@ -49,6 +49,7 @@ class Surgical(Plugin):
     name: ClassVar[str] = "surgical"
     source: ClassVar[str] = "Lee et al. 2023, arXiv:2210.11466, §5"
     needs: ClassVar[tuple[str, ...]] = ("layers",)
+    conflicts: ClassVar[tuple[str, ...]] = ("lisa", "chain_thaw")
 
     criterion: Literal["rgn", "snr"] = "rgn"
     every: Literal["epoch", "once"] | int = "epoch"
@@ -162,6 +163,12 @@ class Surgical(Plugin):
         else:
             self.rates = snr_rates(depth_snr(self.gradients, run.params), threshold=self.threshold)
         self.norms, self.gradients = {}, {}
+        if len(self.rates) < 2 and self.every == "once":
+            logger.warning(
+                "surgical: at step %d gradients came from %d of the %d depths that may train, so there is nothing to "
+                "compare, and all keep the learning rate. Measure again when more of them train: set every=.",
+                *(run.step, len(self.rates), len(run.depths)),
+            )
         table = ", ".join(f"{depth}: {rate:.3g}" for depth, rate in sorted(self.rates.items(), reverse=True))
         logger.info("surgical: from step %d on, depth: share of the learning rate = %s", run.step, table)
 

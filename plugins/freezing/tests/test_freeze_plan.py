@@ -370,22 +370,30 @@ def test_a_phase_to_which_another_plugin_leaves_nothing_is_refused_before_the_fi
         MethodError, match=r"Nothing trains from step 2 on, by what .*freeze_plan.* and .*gradual_unfreeze"
     ):
         BareLoop(model, steps=5)
-    model = planned([{"train": "block 1", "steps": 2}, {"train": "head"}], freeze={"blocks": 1})
-    with pytest.raises(MethodError, match="Nothing trains from step 0 on"):
-        BareLoop(model, steps=5)
-    model = planned([{"train": "all", "steps": 2}, {"train": "block 1"}], freeze={"blocks": 1})
-    with pytest.raises(MethodError, match=r"Nothing trains from step 2 on, by what .*freeze_plan.* says\. .* drop it"):
-        BareLoop(model, steps=5)  # though everything that may ever train has trained by then
+
+
+@pytest.mark.parametrize(
+    "phases",
+    [
+        [{"train": "block 1", "steps": 2}, {"train": "head"}],
+        [{"train": "all", "steps": 2}, {"train": "block 1"}],
+        [{"train": "head", "patience": 1}, {"train": "block 1"}],
+    ],
+    ids=["at once", "later", "by a metric"],
+)
+def test_a_phase_of_what_freeze_leaves_out_is_refused_when_the_model_is_built(phases: list[dict[str, Any]]) -> None:
+    with pytest.raises(MethodError, match="'block 1' matches nothing that trains; what trains lies in: block 2"):
+        planned(phases, freeze={"blocks": 1})
 
 
 def test_a_phase_by_metric_to_which_another_plugin_leaves_nothing_says_so_when_it_comes(tmp_path: Any) -> None:
     phases = [{"train": "head", "patience": 1, "min_delta": 99.0}, {"train": "block 1"}]
-    model = planned(phases, freeze={"blocks": 1})
+    model = planned(phases, gradual_unfreeze={"every": 100})
     args = quiet(tmp_path, max_steps=9, eval_strategy="steps", eval_steps=1)
     trainer = peft_plus.Trainer(
         model, args, train_dataset=rows_of(8), eval_dataset=rows_of(4), data_collator=default_data_collator
     )
-    with pytest.raises(MethodError, match=r"Nothing trains from step 2 on, by what .*freeze_plan.* says\."):
+    with pytest.raises(MethodError, match=r"Nothing trains from step 2 on, by what .*freeze_plan.* say\."):
         trainer.train()
 
 
@@ -424,3 +432,25 @@ def test_an_object_works_as_well_and_is_saved(tmp_path: Any) -> None:
     model.save_pretrained(tmp_path)
     again = peft_plus.from_pretrained(tiny("bert"), tmp_path, is_trainable=True)
     assert again.peft_plus.plugins[0].settings() == {"phases": [{"train": "head"}]}
+
+
+def test_a_run_that_ends_in_a_phase_that_was_better_before_gets_its_best_weights_back(tmp_path: Any) -> None:
+    """The metric is scripted: best at step 4 of 8, worse ever after, and patience outlasts the run."""
+    model = planned([{"train": "all", "patience": 10, "restore_best": True}])
+    kept: dict[int, dict[str, torch.Tensor]] = {}
+
+    class Scripted(peft_plus.Trainer):
+        def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+            step = self.state.global_step
+            kept[step] = {n: t.detach().clone() for n, t in model.named_parameters()}
+            metrics = {"eval_loss": {2: 1.4, 4: 1.0, 6: 1.3, 8: 1.2}[step]}
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            self._engine.evaluation_ended()
+            return metrics
+
+    args = quiet(tmp_path, max_steps=8, eval_strategy="steps", eval_steps=2, learning_rate=0.1)
+    Scripted(
+        model, args, train_dataset=rows_of(8), eval_dataset=rows_of(4), data_collator=default_data_collator
+    ).train()
+    assert not all(torch.equal(kept[8][name], kept[4][name]) for name in kept[4])
+    assert all(torch.equal(tensor, kept[4][name]) for name, tensor in model.named_parameters())

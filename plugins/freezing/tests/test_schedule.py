@@ -55,10 +55,11 @@ def built(tuner: str, *plugins: Any) -> Any:
         {"gradual_unfreeze": {"direction": "bottom_up", "keep": "newest"}},
         {"gradual_unfreeze": {"at": [0.2, 0.5], "blocks": 2}},
         {"lisa": {"layers": 1, "period_steps": 2}},
-        {"chain_thaw": {"steps": 2, "later_lr_scale": 1.0}},
+        {"chain_thaw": {"steps": 2}},
         {"freeze": {"blocks": 1}, "gradual_unfreeze": {"every": 3}},
         {"freeze": {"all_but": ["re:bias$|lora_B", "head"]}},
         {"freeze_plan": {"phases": [{"train": ["head", "attention"], "steps": 3}, {"train": "blocks 1-2"}]}},
+        {"freeze_plan": {"phases": [{"train": "head", "steps": 3}, {"train": "head", "lr_scale": 0.5}]}},
         {"llrd": {}},
     ],
     ids=str,
@@ -76,9 +77,10 @@ def test_a_plan_with_the_written_phases_trains_to_the_same_bits(method: dict[str
     assert [c.groups for c in original.peft_plus.timeline] == [c.groups for c in planned.peft_plus.timeline]
 
 
-def test_the_freezing_of_freezeout() -> None:
+def test_the_freezing_of_freezeout(caplog: pytest.LogCaptureFixture) -> None:
     original = built("full", {"freezeout": {"t0": 0.5}})
     phases = freezing_schedule(original, max_steps=12, steps_per_epoch=4, seed=0)
+    assert caplog.messages == ["freezeout sets rates that no phase can hold; what is written leaves them out."]
     assert len(phases) == 5
     planned = built("full", RatesAlone(t0=0.5), FreezePlan(phases=phases))
     for model in (original, planned):

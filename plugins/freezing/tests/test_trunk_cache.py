@@ -571,12 +571,11 @@ def killed() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("schedule", "late", "steps"),
     [
-        ("static", 0, (1, 3, 4, 6, 13, 17)),
-        ("static", 3, (1, 6, 15)),
-        ("gradual", 0, (6, 7, 13, 14, 16)),
-        ("gradual", 3, (5,)),
+        ("static", 0, (3, 4, 17)),
+        ("static", 3, (1, 6)),
+        ("gradual", 0, (7, 14, 16)),
         ("gradual", 6, (9, 11)),
-        ("left", 3, (3, 9)),
+        ("left", 3, (9,)),
     ],
 )
 def test_killed_after_any_step_and_resumed_the_run_ends_bit_identical(
@@ -601,7 +600,7 @@ def test_stopped_by_a_callback_it_keeps_what_a_resumed_run_needs(tmp_path: Path)
     assert not (tmp_path / "cut" / "_trunk").exists()
 
 
-@pytest.mark.parametrize("step", [2, 9, 17])
+@pytest.mark.parametrize("step", [2, 17])
 def test_resumed_without_its_store_it_ends_within_rounding(step: int, tmp_path: Path) -> None:
     whole = long_run("static", tmp_path / "whole")
     long_run("static", tmp_path / "cut", StopAfter(step), save_steps=step)
