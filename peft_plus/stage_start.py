@@ -74,8 +74,8 @@ def _check_layers(plan: Plan, plugin: Plugin, params: tuple[Param, ...]) -> None
     if len(depths_of(params)) < 2:
         raise MethodError(
             f"{who(plugin, plan.origins)} needs {NEEDS['layers']}; here everything that trains lies at depth "
-            f"{sorted(depths_of(params))}. Drop the plugin, or let the tuner reach more layers, and other plugins leave "
-            "them."
+            f"{sorted(depths_of(params))}. Drop the plugin, or let the tuner reach more layers, and other plugins "
+            "leave them."
         )
 
 
