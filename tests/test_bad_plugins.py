@@ -63,12 +63,13 @@ class Steady(Plugin):
         self.seen = run.step
 
 
-def raising(hook: str, step: int) -> Plugin:
-    """A `Steady` whose `hook` raises once `step` steps are finished."""
+def raising(hook: str, step: int, *, foreseen: bool = False) -> Plugin:
+    """A `Steady` whose `hook` raises once `step` steps are finished; with `foreseen`, also where it is asked ahead."""
 
     def broken(self: Any, *args: Any) -> Any:
         run = next((a for a in args if isinstance(a, peft_plus.Run)), None)
-        if (self.seen if run is None else run.step) >= step:
+        ahead = hook in ("may_train", "next_change") and not foreseen
+        if (self.seen if run is None or ahead else run.step) >= step:
             raise ZeroDivisionError("no luck")
         return getattr(Steady, hook)(self, *args)
 
@@ -124,6 +125,16 @@ def test_a_hook_raises_before_the_first_pass_or_update(hook: str, tmp_path: Path
     before, watch = weights(model), Watched(model)
     refused(trainer(model, tmp_path).train, PluginError, rf"plugin 'steady' \({HERE}\) failed in {hook}", "no luck")
     assert watch.passes == (hook == "lr_scale")
+    assert same(model, before)
+    assert free(model)
+
+
+@pytest.mark.parametrize("hook", ["may_train", "next_change"])
+def test_what_raises_when_asked_ahead_raises_before_the_first_pass(hook: str, tmp_path: Path) -> None:
+    model = built(["lora", raising(hook, 3, foreseen=True)])
+    before, watch = weights(model), Watched(model)
+    refused(trainer(model, tmp_path).train, PluginError, rf"failed in {hook} at step 3: ZeroDivisionError: no luck")
+    assert not watch.passes
     assert same(model, before)
     assert free(model)
 
