@@ -233,10 +233,19 @@ def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def rank() -> int:
+    """Of this process."""
+    return torch.distributed.get_rank() if _several() else 0
+
+
 def gather(value: Any) -> list[Any]:
     """One small value of each process, in the order of their ranks. Every process must call it."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not _several():
         return [value]
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def _several() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

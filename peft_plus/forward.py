@@ -77,6 +77,22 @@ def _pass_with(
     model: nn.Module, kwargs: Mapping[str, Any], weights: Mapping[str, Tensor], trunk: TrunkService | None
 ) -> Any:
     """A pass with other weights, without gradient."""
+    forward = forward_with(model, weights)
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if trunk is not None and trunk.also_of(weights):
+            stack.enter_context(trunk.changed(lambda output: output))
+        return forward(**kwargs)
+
+
+def forward_with(model: nn.Module, weights: Mapping[str, Tensor]) -> Callable[..., Any]:
+    """The model's `forward` with other weights in it, past the hooks of its own passes.
+
+    Args:
+        weights: name of a parameter → what to compute with instead.
+    Raises:
+        ValueError: the model has no such parameter, or is split over processes.
+    """
     own = dict(model.named_parameters())
     unknown = [name for name in weights if name not in own]
     if unknown:
@@ -87,11 +103,8 @@ def _pass_with(
             "this one. Use DDP."
         )
     others = {f"model.{name}": other.to(own[name].device, own[name].dtype) for name, other in weights.items()}
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        if trunk is not None and trunk.also_of(weights):
-            stack.enter_context(trunk.changed(lambda output: output))
-        return torch.func.functional_call(_Forward(model), others, (), dict(kwargs))
+    module = _Forward(model)
+    return lambda **kwargs: torch.func.functional_call(module, others, (), kwargs)
 
 
 class _Forward(nn.Module):

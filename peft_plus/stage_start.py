@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import nn
@@ -51,7 +51,8 @@ def check_settings_fit(plan: Plan, model: nn.Module) -> None:
     most = max(starts, key=lambda run: len(run.params))  # a first stage may train the head alone
     run = dataclasses.replace(starts[0], params=most.params, depths=most.depths)
     for plugin in plan.plugins:
-        params = _left_by_others(plan, plugin, run)
+        others = [_trained_by(plan, other, run) for other in plan.plugins if other is not plugin]
+        params = _in_all(run.params, others)
         if "layers" in plugin.needs:
             _check_layers(plan, plugin, params)
         if "on_build" not in plugin.hooks():
@@ -64,10 +65,25 @@ def check_settings_fit(plan: Plan, model: nn.Module) -> None:
             raise
 
 
-def _left_by_others(plan: Plan, plugin: Plugin, run: Run) -> tuple[Param, ...]:
-    """What may train as far as all other plugins are concerned."""
-    others = [other for other in plan.plugins if other is not plugin and "ever_trains" in other.hooks()]
-    return tuple(param for param in run.params if all(ask(other, "ever_trains", run, param) for other in others))
+def _trained_by(plan: Plan, plugin: Plugin, run: Run) -> set[str]:
+    """The names of those of `run.params` that may train as far as one plugin is concerned.
+
+    Raises:
+        PluginError: it answered with something that is no bool.
+    """
+    if "ever_trains" not in plugin.hooks():
+        return {param.name for param in run.params}
+    answers = {param.name: ask(plugin, "ever_trains", run, param) for param in run.params}
+    for name, answer in answers.items():
+        if not isinstance(answer, bool):
+            raise PluginError(
+                f"{who(plugin, plan.origins)}: ever_trains returned {answer!r} for {name}; expected a bool."
+            )
+    return {name for name, answer in answers.items() if answer}
+
+
+def _in_all(params: Iterable[Param], sets: Collection[set[str]]) -> tuple[Param, ...]:
+    return tuple(param for param in params if all(param.name in names for names in sets))
 
 
 def _check_layers(plan: Plan, plugin: Plugin, params: tuple[Param, ...]) -> None:
@@ -88,16 +104,7 @@ def ever_trained(plan: Plan, run: Run) -> tuple[Param, ...]:
     """
     assert run.stage is not None
     plugins = [plugin for plugin in plan.active(run.stage) if "ever_trains" in plugin.hooks()]
-    left = run.params
-    for plugin in plugins:
-        answers = [(param, ask(plugin, "ever_trains", run, param)) for param in run.params]
-        for param, answer in answers:
-            if not isinstance(answer, bool):
-                raise PluginError(
-                    f"{who(plugin, plan.origins)}: ever_trains returned {answer!r} for {param.name}; expected a bool."
-                )
-        trained = {param.name for param, answer in answers if answer}
-        left = tuple(param for param in left if param.name in trained)
+    left = _in_all(run.params, [_trained_by(plan, plugin, run) for plugin in plugins])
     if not left and run.params:
         names = " and ".join(who(plugin, plan.origins) for plugin in plugins)
         raise MethodError(

@@ -256,7 +256,7 @@ class TrunkCache:
                 self._served += len(rows.keys)
                 return stored
         features = self._compute(trunk, rows, given)
-        stored = self._read(rows, given, _real_tokens(rows, features))
+        stored = self._read(rows, given, rows.real_tokens(features))
         assert stored is not None
         if not self._tried:
             check_mates(self._native, trunk, given, features)
@@ -277,13 +277,12 @@ class TrunkCache:
 
     def _read(self, rows: Rows, given: Mapping[str, Any], otherwise: Sequence[Tensor] | None = None) -> Tensor | None:
         assert self._store is not None
-        width = None if rows.spans is None else int(given["attention_mask"].shape[-1])
-        batch = self._store.read(rows.keys, rows.spans, width, otherwise)
+        batch = self._store.read(rows.keys, rows.spans, _width(rows, given), otherwise)
         return None if batch is None else batch.to(self._device, self._dtype)
 
     def _compute(self, trunk: Trunk, rows: Rows, given: Mapping[str, Any]) -> Tensor:
         features = trunk.features(self._native, given)
-        tokens = None if rows.spans is None else int(given["attention_mask"].shape[-1])
+        tokens = _width(rows, given)
         if len(features) != len(rows.keys) or (tokens is not None and features.shape[1] != tokens):
             raise MethodError(
                 f"trunk_cache expected block {trunk.depth} to put out ({len(rows.keys)} rows, {tokens or '…'} tokens, "
@@ -293,7 +292,7 @@ class TrunkCache:
         if self._store is None:
             self._store = self._open(trunk, features, rows)
         full = self._store.full
-        self._store.add(rows.keys, _real_tokens(rows, features))
+        self._store.add(rows.keys, rows.real_tokens(features))
         if self._store.full and full is None:
             logger.warning(
                 "No more features are stored: %s. Those that are not are computed in each epoch, as ever.",
@@ -304,10 +303,12 @@ class TrunkCache:
 
     # ---- a store ---------------------------------------------------------------------------------------------------
 
+    def _stored_dtype(self, trunk: Trunk) -> torch.dtype:
+        return trunk.dtype if self.options.dtype == "exact" else torch.bfloat16
+
     def _identity(self, trunk: Trunk) -> dict[str, Any]:
-        dtype = trunk.dtype if self.options.dtype == "exact" else torch.bfloat16
         what = identity(self.model, self.layers, trunk.depth, settings=self._settings, autocast=trunk.autocast)
-        return what | {"features": str(trunk.dtype), "stored": str(dtype)}
+        return what | {"features": str(trunk.dtype), "stored": str(self._stored_dtype(trunk))}
 
     def _open(self, trunk: Trunk, features: Tensor, rows: Rows) -> FeatureStore:
         """The store of this trunk, new or found.
@@ -317,10 +318,9 @@ class TrunkCache:
         """
         self._what, self._versions = self._identity(trunk), self._state_of_weights()
         name = hashlib.blake2b(json.dumps(self._what, sort_keys=True).encode(), digest_size=8).hexdigest()
-        dtype = features.dtype if self.options.dtype == "exact" else torch.bfloat16
         folder, limit = self.folder.opens(name), self.options.limit_gb * 1e9
         try:
-            store = FeatureStore(folder, self._what, dtype=dtype, limit=limit)
+            store = FeatureStore(folder, self._what, dtype=self._stored_dtype(trunk), limit=limit)
         except OSError as error:
             raise cannot_write(error) from error
         try:
@@ -331,7 +331,6 @@ class TrunkCache:
         return store
 
 
-def _real_tokens(rows: Rows, features: Tensor) -> list[Tensor]:
-    """The features of each row, without its padding."""
-    spans = rows.spans or [(0, features.shape[1])] * len(features)
-    return [row[first:end] for row, (first, end) in zip(features, spans, strict=True)]
+def _width(rows: Rows, given: Mapping[str, Any]) -> int | None:
+    """Tokens of a batch, with its padding; None where it has no mask."""
+    return None if rows.spans is None else int(given["attention_mask"].shape[-1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -19,15 +19,26 @@ def lowest_ahead(effects: Effects, run: Run) -> list[tuple[int, int]]:
 
     It ends with the first at which the lowest block trains: nothing can be served after it.
     """
-    depths = {param.name: param.depth for param in effects.params}
     found: list[tuple[int, int]] = []
-    for step, names in effects.schedule(run, run.step, max(run.max_steps, run.step + 1)):
-        lowest = min((depths[name] for name in names), default=run.num_blocks + 2)
+    for step, lowest, known in _lowest_of_each_step(effects, run):
         if not found or found[-1][1] != lowest:
             found.append((step, lowest))
-        if lowest <= 1 or effects.unforeseen(run.at(step)) is not None:
+        if lowest <= 1 or not known:
             break
     return found
+
+
+def may_freeze_later(effects: Effects, run: Run) -> bool:
+    """Whether the lowest block rests at some step from the present on, or may for all that the plugins tell."""
+    return any(lowest > 1 or not known for _, lowest, known in _lowest_of_each_step(effects, run))
+
+
+def _lowest_of_each_step(effects: Effects, run: Run) -> Iterator[tuple[int, int, bool]]:
+    """(step, lowest depth that trains from there on, whether the plugins can tell what comes after it)."""
+    depths = {param.name: param.depth for param in effects.params}
+    for step, names in effects.schedule(run, run.step, max(run.max_steps, run.step + 1)):
+        lowest = min((depths[name] for name in names), default=run.num_blocks + 2)
+        yield step, lowest, effects.unforeseen(run.at(step)) is None
 
 
 def choose_depth(

@@ -9,9 +9,8 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from ..distributed import gather
+from ..distributed import gather, rank
 from ..errors import MethodError
-from .store import rank
 
 logger = logging.getLogger(__name__)
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..forward import forward_with
 from ..layers import Layers, transformers_model
 
 
@@ -173,15 +174,10 @@ def hidden(
     if not 1 <= depth <= layers.num_blocks or not blocks:
         raise ValueError(f"depth={depth}: the model's blocks have depths 1 to {layers.num_blocks}.")
 
-    def forward(**kwargs: Any) -> Any:
-        # Not `model(…)`: its hooks belong to the training pass.
-        return model.forward(**kwargs)
-
-    def with_weights(**kwargs: Any) -> Any:
-        return torch.func.functional_call(model, dict(weights or {}), (), kwargs)
-
+    # Not `model(…)`: its hooks belong to the training pass.
+    forward = forward_with(model, weights) if weights else model.forward
     with torch.no_grad(), eval_mode(model):
-        output = output_of(blocks[-1], with_weights if weights else forward, batch)
+        output = output_of(blocks[-1], forward, batch)
     return output if isinstance(output, Tensor) else output[0]
 
 

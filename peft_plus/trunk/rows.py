@@ -40,6 +40,14 @@ class Rows:
     keys: Sequence[bytes]
     spans: Sequence[tuple[int, int]] | None
 
+    def spans_in(self, features: Tensor) -> Sequence[tuple[int, int]]:
+        """The real tokens of each row in the features of the batch, (rows, tokens, …)."""
+        return self.spans or [(0, features.shape[1])] * len(features)
+
+    def real_tokens(self, features: Tensor) -> list[Tensor]:
+        """The features of each row, without its padding."""
+        return [row[first:end] for row, (first, end) in zip(features, self.spans_in(features), strict=True)]
+
 
 class UnknownRows(ValueError):
     """The batch cannot be told apart by rows."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import MethodError
 from ..layers import Layers
 from .cache import TrunkCache
-from .choice import choose_depth, head_cost, lowest_ahead, step_ratio
+from .choice import choose_depth, head_cost, lowest_ahead, may_freeze_later, step_ratio
 from .data import TrainingData
 from .options import CacheOptions
 from .passes import Trunk, trunk_blocks
@@ -50,7 +50,7 @@ class TrunkService:
         data: TrainingData,
         scratch: Path | None,
     ) -> None:
-        self._model, self._layers, self._effects, self._data = model, layers, effects, data
+        self._model, self._layers, self._effects = model, layers, effects
         if options is not None and data.masks_words:
             raise MethodError(
                 f"trunk_cache stores what the lower blocks make of an example, and {type(data.collator).__name__} "
@@ -149,7 +149,7 @@ class TrunkService:
             )
             return
         what = "the embeddings or something in front of them" if lowest == 0 else "the lowest block"
-        if self._may_freeze_later(run):
+        if may_freeze_later(self._effects, run):
             logger.info("trunk_cache waits: %s trains now, and may be frozen later.", what)
             return
         text = (
@@ -159,13 +159,6 @@ class TrunkService:
         if len(run.stages) < 2:
             raise MethodError(text)
         logger.warning("In stage %r %s", run.stage.name if run.stage else "", text)
-
-    def _may_freeze_later(self, run: Run) -> bool:
-        depths = {param.name: param.depth for param in self._effects.params}
-        for step, names in self._effects.schedule(run, run.step, max(run.max_steps, run.step + 1)):
-            if min((depths[name] for name in names), default=0) > 1 or self._effects.unforeseen(run.at(step)):
-                return True
-        return False
 
     # ---- noise above the trunk ---------------------------------------------------------------------------------------
 

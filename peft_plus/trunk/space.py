@@ -65,7 +65,7 @@ def tokens_of(data: TrainingData, rows: Rows, features: Tensor) -> int | None:
 
 def _real(rows: Rows, features: Tensor) -> int:
     """The real tokens of a batch."""
-    return sum(end - first for first, end in rows.spans) if rows.spans else features.shape[0] * features.shape[1]
+    return sum(end - first for first, end in rows.spans_in(features))
 
 
 def bytes_text(count: float) -> str:

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..distributed import rank
 from .segment import BITS, Segment
 
 logger = logging.getLogger(__name__)
@@ -227,9 +228,3 @@ class FeatureStore:
 
 def _torch_bits(dtype: torch.dtype) -> torch.dtype:
     return {8: torch.uint64, 4: torch.uint32, 2: torch.uint16}[dtype.itemsize]
-
-
-def rank() -> int:
-    """Of this process."""
-    here = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_rank() if here else 0

@@ -112,7 +112,7 @@ def check_stored(features: Tensor, stored: Tensor, rows: Rows, folder: Path) -> 
     Raises:
         MethodError: it is not.
     """
-    for row, (first, end) in enumerate(rows.spans or [(0, features.shape[1])] * len(features)):
+    for row, (first, end) in enumerate(rows.spans_in(features)):
         if far(stored[row : row + 1, first:end], features[row : row + 1, first:end]):
             raise MethodError(
                 f"The features in {folder} are not those that this model computes. Delete that folder: they are "

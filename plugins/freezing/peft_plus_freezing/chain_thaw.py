@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from peft_plus import Run
 
+from .metric import check_patience
 from .phased import Phased
 from .phases import Phase
 from .select import place
@@ -51,10 +52,7 @@ class ChainThaw(Phased):
     later_lr_scale: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.patience < 1:
-            raise ValueError(f"patience={self.patience}: give a number of evaluations ≥ 1.")
-        if not (math.isfinite(self.min_delta) and self.min_delta >= 0):
-            raise ValueError(f"min_delta={self.min_delta}: give a finite number ≥ 0.")
+        check_patience(self.patience, self.min_delta)
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps={self.steps}: give a number of optimizer steps ≥ 1.")
         if self.epochs is not None and not (math.isfinite(self.epochs) and self.epochs > 0):

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from peft_plus import Param, Plugin, Run
 
-from .metric import better, rises, value_of
+from .metric import better, check_patience, rises, value_of
 
 logger = logging.getLogger(__name__)
 
@@ -79,10 +79,7 @@ class GradualUnfreeze(Plugin):
             raise ValueError(f"every={self.every!r} and at={self.at!r} both say when to thaw. Give one of them.")
         if self.blocks < 1:
             raise ValueError(f"blocks={self.blocks}: give a number of depths ≥ 1.")
-        if self.patience < 1:
-            raise ValueError(f"patience={self.patience}: give a number of evaluations ≥ 1.")
-        if not (math.isfinite(self.min_delta) and self.min_delta >= 0):
-            raise ValueError(f"min_delta={self.min_delta}: give a finite number ≥ 0.")
+        check_patience(self.patience, self.min_delta)
         if self.keep == "newest":  # only then does anything rest that has trained, and it never trains again
             vars(self)["on_freeze"] = "drop_state"
         for f in dataclasses.fields(self):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 
@@ -40,3 +41,11 @@ def better(value: float, best: float | None, *, greater_is_better: bool, min_del
     if value != value:  # NaN
         return False
     return best is None or gain(value, best, greater_is_better=greater_is_better) > min_delta
+
+
+def check_patience(patience: int, min_delta: float) -> None:
+    """Raise ValueError unless a number of evaluations and what counts as an improvement make sense."""
+    if patience < 1:
+        raise ValueError(f"patience={patience}: give a number of evaluations ≥ 1.")
+    if not (math.isfinite(min_delta) and min_delta >= 0):
+        raise ValueError(f"min_delta={min_delta}: give a finite number ≥ 0.")

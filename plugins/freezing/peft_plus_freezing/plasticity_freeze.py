@@ -136,7 +136,7 @@ class PlasticityFreeze(Plugin):
         elif blocks[0] != self.front:
             self._begin(blocks[0])
             self._refer(run, params)
-        elif self._measure(run, tensors):
+        elif self._measure(run):
             self.lowest = blocks[0] + 1
             self.frozen_lr = rate if self.frozen_lr is None else self.frozen_lr
             self._begin(min(blocks[1:], default=0))
@@ -144,12 +144,11 @@ class PlasticityFreeze(Plugin):
         elif self.age == self.refresh:
             self._refer(run, params)
 
-    def _measure(self, run: Run, tensors: Mapping[str, Tensor]) -> bool:
+    def _measure(self, run: Run) -> bool:
         """Whether the front has been flat for long enough."""
         inputs = _arguments(run)
-        reference = {name: weight.to(tensors[name].device) for name, weight in self.reference.items()}
         now = run.hidden(inputs, self.front)
-        before = run.hidden(inputs, self.front, weights=reference)
+        before = run.hidden(inputs, self.front, weights=self.reference)
         judged = len(now) > 1
         mine = similarity_loss(_tokens(now, inputs), _tokens(before, inputs)) if judged else 0.0
         total, share = run.mean(mine), run.mean(float(judged))
