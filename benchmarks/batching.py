@@ -22,33 +22,14 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.sentences import MODELS, Case, arguments, tiny
 from examples.demo import quiet
 
 SIZES = (160, 320, 640, 1_500, 3_200)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One model and its data.
-
-    Attributes:
-        title: of the model.
-        task: PEFT's name of it.
-        base: makes the model without LoRA.
-        sentences: tokenised, all there are.
-        collate: pads a batch to its longest row.
-        examples: how many are trained on, in batches of `batch_size`.
-        target: how many times faster we want to be.
-    """
-
-    title: str
-    task: str
-    base: Callable[[], Any]
-    sentences: Any
-    collate: Any
-    examples: int
-    batch_size: int
-    target: float | None = None
+TRAINED = {"minilm": (1_000, 32), "smollm2": (320, 32)}
+"""Model → how many examples are trained on, and at a time."""
+TARGETS = {"MiniLM-L6": 1.1, "SmolLM2-135M": 1.3}
+"""Model → how many times faster we want to be."""
 
 
 @dataclass
@@ -72,11 +53,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     torch.set_num_threads(1)
     quiet.hide_progress_bars()
-    makers = {"minilm": minilm, "smollm2": smollm2}
     if options.quick:
-        cases = [tiny("SEQ_CLS"), tiny("CAUSAL_LM")]
+        cases = [tiny("SEQ_CLS", 96, 8), tiny("CAUSAL_LM", 96, 8)]
     else:
-        cases = [make() for name, make in makers.items() if options.only in (None, name)]
+        cases = [MODELS[name](*size) for name, size in TRAINED.items() if options.only in (None, name)]
     for table in (padding_table(cases), time_table(cases, options.repeats)):
         for line in table:
             print(line, flush=True)
@@ -86,77 +66,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 # ---- what is compared ----------------------------------------------------------------------------------------------
 
 
-def minilm() -> Case:
-    """Classification of movie sentences by MiniLM-L6."""
-    from transformers import AutoModelForSequenceClassification
-
-    from examples import inputs
-
-    def base() -> Any:
-        return AutoModelForSequenceClassification.from_pretrained(inputs.minilm(), num_labels=2)
-
-    return Case("MiniLM-L6", "SEQ_CLS", base, *tokenised(base, inputs.minilm(), "SEQ_CLS"), 1_000, 32, 1.1)
-
-
-def smollm2() -> Case:
-    """Movie sentences as text for SmolLM2-135M."""
-    from transformers import AutoModelForCausalLM
-
-    from examples import inputs
-
-    def base() -> Any:
-        return AutoModelForCausalLM.from_pretrained(inputs.smollm2())
-
-    return Case("SmolLM2-135M", "CAUSAL_LM", base, *tokenised(base, inputs.smollm2(), "CAUSAL_LM"), 320, 32, 1.3)
-
-
-def tokenised(base: Callable[[], Any], folder: Any, task: str) -> tuple[Any, Any]:
-    """All movie sentences in a fixed random order, and the collator of the task."""
-    from transformers import AutoTokenizer
-
-    from examples import inputs
-    from peft_plus import get_model
-
-    model = get_model(base(), "lora", task=task)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    data = model.peft_plus.task.preprocess(inputs.sentences("movies").shuffle(seed=0), tokenizer)
-    return data, model.peft_plus.task.collator(tokenizer, model)
-
-
-def tiny(task: str) -> Case:
-    """A tiny random model and made-up sentences of uneven length."""
-    import torch
-    from datasets import Dataset
-    from torch.nn.utils.rnn import pad_sequence
-    from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
-
-    shape = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    draw = np.random.default_rng(0)
-    texts = [draw.integers(5, 100, length).tolist() for length in draw.integers(3, 40, 96)]
-    labels = [text[0] % 2 for text in texts] if task == "SEQ_CLS" else texts
-
-    def base() -> Any:
-        if task == "SEQ_CLS":
-            return BertForSequenceClassification(BertConfig(**shape, intermediate_size=64))
-        return LlamaForCausalLM(LlamaConfig(**shape, intermediate_size=64))
-
-    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        ids = pad_sequence([torch.tensor(row["input_ids"]) for row in rows], batch_first=True)
-        targets = (
-            torch.tensor([row["labels"] for row in rows]) if task == "SEQ_CLS" else ids.masked_fill(ids == 0, -100)
-        )
-        return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": targets}
-
-    data = Dataset.from_dict({"input_ids": texts, "labels": labels})
-    return Case(f"tiny {task}", task, base, data, collate, 96, 8)
-
-
 def epoch(case: Case, *, ours: bool, seed: int, examples: int | None = None) -> Epoch:
     """Train one epoch, by default over all examples of the case."""
     import torch
     import transformers
     from peft import LoraConfig, get_peft_model
-    from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+    from transformers import PrinterCallback, TrainerCallback
 
     import peft_plus
 
@@ -185,18 +100,7 @@ def epoch(case: Case, *, ours: bool, seed: int, examples: int | None = None) -> 
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_class(
             model,
-            TrainingArguments(
-                folder,
-                num_train_epochs=1,
-                per_device_train_batch_size=case.batch_size,
-                train_sampling_strategy="random" if ours else "group_by_length",
-                seed=seed,
-                save_strategy="no",
-                logging_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                use_cpu=True,
-            ),
+            arguments(case, folder, seed, train_sampling_strategy="random" if ours else "group_by_length"),
             train_dataset=case.sentences.select(range(examples or case.examples)),
             data_collator=collate,
             callbacks=[Clock()],
@@ -229,7 +133,7 @@ def time_table(cases: Sequence[Case], repeats: int) -> Iterator[str]:
         wall = np.median([theirs.wall / ours.wall for theirs, ours in pairs])
         seconds = [float(np.median([one.cpu for one in side])) for side in sides.values()]
         padding = [float(np.median([one.padded / one.real for one in side])) for side in sides.values()]
-        target = f"{case.target} ×" if case.target else ""
+        target = f"{TARGETS[case.title]} ×" if case.title in TARGETS else ""
         yield (
             f"| {case.title} | {case.examples:,} × {case.batch_size} | {seconds[0]:.1f} | {seconds[1]:.1f} | "
             f"{cpu:.2f} × | {wall:.2f} × | {target} | {padding[0]:.2f} → {padding[1]:.2f} | {repeats} |"

@@ -20,35 +20,26 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.batching import tiny, tokenised
 from benchmarks.memory import saved_activations
+from benchmarks.sentences import MODELS, Case, arguments, tiny
 from examples.demo import quiet
 
 
 @dataclass(frozen=True)
-class Case:
-    """One model and its data.
+class Split(Case):
+    """A case of which the upper blocks train.
 
     Attributes:
-        title: of the model.
-        task: PEFT's name of it.
-        base: makes the model without LoRA.
-        sentences: tokenised.
-        collate: pads a batch to its longest row.
-        examples, batch_size: how many are trained on, and at a time.
         blocks: L.
-        frozen: k, how many of them are frozen where the upper ones train.
+        frozen: k, how many of them are frozen.
     """
 
-    title: str
-    task: str
-    base: Callable[[], Any]
-    sentences: Any
-    collate: Any
-    examples: int
-    batch_size: int
     blocks: int
     frozen: int
+
+
+TRAINED = {"minilm": (480, 32, 6, 4), "smollm2": (48, 8, 30, 20)}
+"""Model → how many examples are trained on, and at a time; its blocks, and those that are frozen."""
 
 
 @dataclass(frozen=True)
@@ -104,11 +95,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     torch.set_num_threads(1)
     quiet.hide_progress_bars()
-    makers = {"minilm": minilm, "smollm2": smollm2}
     if options.quick:
-        cases = [small("SEQ_CLS"), small("CAUSAL_LM")]
+        cases = [split(tiny(task, 32, 8), 2, 1) for task in ("SEQ_CLS", "CAUSAL_LM")]
     else:
-        cases = [make() for name, make in makers.items() if options.model in (None, name)]
+        chosen = {name: sizes for name, sizes in TRAINED.items() if options.model in (None, name)}
+        cases = [split(MODELS[name](rows, batch), *blocks) for name, (rows, batch, *blocks) in chosen.items()]
     for name, make in TABLES.items():
         if options.only and name not in options.only:
             continue
@@ -121,44 +112,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 # ---- what is compared ----------------------------------------------------------------------------------------------
 
 
-def minilm() -> Case:
-    """Classification of movie sentences by MiniLM-L6, of which the upper 2 blocks of 6 train."""
-    from transformers import AutoModelForSequenceClassification
-
-    from examples import inputs
-
-    def base() -> Any:
-        return AutoModelForSequenceClassification.from_pretrained(inputs.minilm(), num_labels=2)
-
-    return Case("MiniLM-L6", "SEQ_CLS", base, *tokenised(base, inputs.minilm(), "SEQ_CLS"), 480, 32, 6, 4)
-
-
-def smollm2() -> Case:
-    """Movie sentences as text for SmolLM2-135M, of which the upper 10 blocks of 30 train."""
-    from transformers import AutoModelForCausalLM
-
-    from examples import inputs
-
-    def base() -> Any:
-        return AutoModelForCausalLM.from_pretrained(inputs.smollm2())
-
-    return Case("SmolLM2-135M", "CAUSAL_LM", base, *tokenised(base, inputs.smollm2(), "CAUSAL_LM"), 48, 8, 30, 20)
-
-
-def small(task: str) -> Case:
-    """A tiny random model."""
-    case = tiny(task)
-    return Case(case.title, task, case.base, case.sentences, case.collate, 32, 8, 2, 1)
+def split(case: Case, blocks: int, frozen: int) -> Split:
+    """The case with `frozen` of its `blocks` frozen."""
+    return Split(**vars(case), blocks=blocks, frozen=frozen)
 
 
 def train(
-    case: Case, side: Side, *, epochs: int, seed: int, examples: int | None = None, count: bool = False
+    case: Split, side: Side, *, epochs: int, seed: int, examples: int | None = None, count: bool = False
 ) -> Clocked:
     """Train once; with `count`, count what is saved for the backward pass too, which takes time."""
     import torch
     import transformers
     from peft import LoraConfig, get_peft_model
-    from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+    from transformers import PrinterCallback, TrainerCallback
 
     import peft_plus
 
@@ -180,10 +146,8 @@ def train(
     torch.manual_seed(seed)
     lora = {"r": 8, "layers_to_transform": list(range(side.frozen, case.blocks)) if side.frozen else None}
     if side.plugins is None:
-        model, trainer_class = (
-            get_peft_model(case.base(), LoraConfig(task_type=case.task, **lora)),
-            transformers.Trainer,
-        )
+        model = get_peft_model(case.base(), LoraConfig(task_type=case.task, **lora))
+        trainer_class = transformers.Trainer
     else:
         model, trainer_class = peft_plus.get_model(case.base(), {"lora": lora, **side.plugins}), peft_plus.Trainer
 
@@ -197,17 +161,12 @@ def train(
     with tempfile.TemporaryDirectory() as folder:
         trainer = (Counting if count else trainer_class)(
             model,
-            TrainingArguments(
+            arguments(
+                case,
                 folder,
-                num_train_epochs=epochs,
-                per_device_train_batch_size=case.batch_size,
+                seed,
+                epochs=epochs,
                 train_sampling_strategy="group_by_length",
-                seed=seed,
-                save_strategy="no",
-                logging_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                use_cpu=True,
                 activation_checkpointing=side.checkpointing,
                 activation_checkpointing_kwargs={"use_reentrant": False} if side.checkpointing else None,
             ),
@@ -220,7 +179,7 @@ def train(
     return found
 
 
-def rounds(case: Case, sides: Mapping[str, Side], *, epochs: int, repeats: int) -> list[dict[str, Clocked]]:
+def rounds(case: Split, sides: Mapping[str, Side], *, epochs: int, repeats: int) -> list[dict[str, Clocked]]:
     """Each side once a round; who goes first changes."""
     for side in sides.values():  # what is made once in a process is made
         train(case, side, epochs=2, seed=0, examples=case.batch_size)
@@ -239,7 +198,7 @@ def ratio(found: Sequence[Mapping[str, Clocked]], a: str, b: str, what: Callable
 # ---- tables --------------------------------------------------------------------------------------------------------
 
 
-def epochs_table(case: Case, repeats: int, plot: Path | None) -> Iterator[str]:
+def epochs_table(case: Split, repeats: int, plot: Path | None) -> Iterator[str]:
     """A cached epoch, and whole runs, against plain PEFT."""
     small_run = case.task == "CAUSAL_LM"
     lengths = (3,) if small_run else (3, 10)
@@ -273,7 +232,7 @@ def epochs_table(case: Case, repeats: int, plot: Path | None) -> Iterator[str]:
     yield "An epoch, processor seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in seconds.items()) + "."
 
 
-def depth_table(case: Case, repeats: int, plot: Path | None) -> Iterator[str]:
+def depth_table(case: Split, repeats: int, plot: Path | None) -> Iterator[str]:
     """A cached epoch against the number of frozen blocks, beside what the arithmetic predicts."""
     from peft_plus.layers import layer_map
     from peft_plus.trunk.choice import head_cost
@@ -299,7 +258,7 @@ def depth_table(case: Case, repeats: int, plot: Path | None) -> Iterator[str]:
         draw(case, measured, predicted, plot)
 
 
-def draw(case: Case, measured: Mapping[int, float], predicted: Mapping[int, float], file: Path) -> None:
+def draw(case: Split, measured: Mapping[int, float], predicted: Mapping[int, float], file: Path) -> None:
     """Both lines into a picture."""
     from matplotlib.figure import Figure
 
@@ -314,7 +273,7 @@ def draw(case: Case, measured: Mapping[int, float], predicted: Mapping[int, floa
     figure.savefig(file.with_stem(f"{file.stem}-{case.title.split('-')[0].lower()}"))
 
 
-def noise_table(case: Case, repeats: int, plot: Path | None) -> Iterator[str]:
+def noise_table(case: Split, repeats: int, plot: Path | None) -> Iterator[str]:
     """Consistency under noise above a cached trunk, against the plain uncached epoch of the same layers."""
     top = {"frozen": case.frozen}
     sides = {
@@ -337,7 +296,7 @@ def noise_table(case: Case, repeats: int, plot: Path | None) -> Iterator[str]:
     )
 
 
-def activations_table(case: Case, repeats: int, plot: Path | None) -> Iterator[str]:
+def activations_table(case: Split, repeats: int, plot: Path | None) -> Iterator[str]:
     """Bytes that a step saves for its backward pass."""
     sides = {
         "LoRA everywhere": Side(),
@@ -359,7 +318,7 @@ def activations_table(case: Case, repeats: int, plot: Path | None) -> Iterator[s
     )
 
 
-def projection_table(case: Case, repeats: int, plot: Path | None) -> Iterator[str]:
+def projection_table(case: Split, repeats: int, plot: Path | None) -> Iterator[str]:
     """What projecting supervised positions alone would add to a cached step of a language model; not built in."""
     import torch
 
@@ -407,7 +366,7 @@ def projection_table(case: Case, repeats: int, plot: Path | None) -> Iterator[st
         yield f"| {title} | {float(np.median(ratios)):.2f} × |"
 
 
-def checkpointing_table(case: Case, repeats: int, plot: Path | None) -> Iterator[str]:
+def checkpointing_table(case: Split, repeats: int, plot: Path | None) -> Iterator[str]:
     """Activation checkpointing where only the upper blocks train."""
     sides = {
         "PEFT and transformers": Side(frozen=case.frozen, checkpointing=True),
@@ -427,7 +386,7 @@ def checkpointing_table(case: Case, repeats: int, plot: Path | None) -> Iterator
     )
 
 
-TABLES: Mapping[str, Callable[[Case, int, Path | None], Iterator[str]]] = {
+TABLES: Mapping[str, Callable[[Split, int, Path | None], Iterator[str]]] = {
     "epochs": epochs_table,
     "noise": noise_table,
     "checkpointing": checkpointing_table,
