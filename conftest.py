@@ -9,12 +9,27 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def one_accelerator_at_a_time() -> Iterator[None]:
+    """Accelerate keeps its state in classes: the test starts with none, and leaves none."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    def reset() -> None:
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+
+    reset()
+    yield
+    reset()
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, default_data_collator
 import peft_plus
 from peft_plus import get_model
 
-from .models import batch, tiny
+from .models import batch, rows_of, tiny
 from .training import quiet
 
 ROWS = 24
@@ -34,8 +34,7 @@ _TRAINERS = {
 
 def rows(name: str = "bert", task: str | None = None, count: int = ROWS) -> list[dict[str, Tensor]]:
     """Good rows, to be spoilt."""
-    data = batch(name, task, rows=count)
-    return [{key: values[i] for key, values in data.items()} for i in range(count)]
+    return rows_of(batch(name, task, rows=count))
 
 
 def spoilt(row: int, column: str, value: Any, name: str = "bert", task: str | None = None) -> list[dict[str, Tensor]]:

@@ -92,6 +92,30 @@ class BareLoop:
         return *copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict())), own
 
 
+def check_frozen_rests(loop: BareLoop, look: Callable[[], None] = lambda: None) -> set[int]:
+    """Run to the end, and see that below the first plugin's `lowest` nothing moves or has an optimizer's state.
+
+    Args:
+        look: called after each step.
+    Returns: the depths that were frozen.
+    """
+    params, tensors = loop.model.peft_plus.params, dict(loop.engine.effects.tensors)
+    plugin = loop.model.peft_plus.plugins[0]
+    frozen = set()
+    while loop.finished < loop.steps:
+        lowest = plugin.lowest if loop.finished else 0
+        before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        loop.step()
+        for name, tensor in tensors.items():
+            if params[name].depth < lowest:
+                assert torch.equal(tensor, before[name])
+                assert not loop.optimizer.state.get(tensor)
+                frozen.add(params[name].depth)
+        look()
+    loop.engine.prove(None)
+    return frozen
+
+
 def check_resume(fresh: Callable[[], nn.Module], *, steps: int = 12, **settings: Any) -> BareLoop:
     """Interrupt a run after each of its steps, and see that the resumed one ends as the whole one, bit for bit.
 

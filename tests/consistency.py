@@ -126,8 +126,13 @@ def arguments(folder: Any, **settings: Any) -> TrainingArguments:
     return quiet(folder, **{**defaults, **settings})
 
 
-def rows_of(data: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    return [{key: value[i] for key, value in data.items()} for i in range(len(next(iter(data.values()))))]
+def accumulated(rows: int, micro_batches: int) -> dict[str, Any]:
+    """Settings that make one step of so many rows in so many micro-batches, and leave its gradient as it is."""
+    return {
+        "per_device_train_batch_size": rows // micro_batches,
+        "gradient_accumulation_steps": micro_batches,
+        "max_grad_norm": 0.0,
+    }
 
 
 def trainer_of(model: nn.Module, rows: Sequence[Any], folder: Any, callbacks: Any = (), **settings: Any) -> Any:

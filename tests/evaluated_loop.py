@@ -1,14 +1,19 @@
-"""A bare loop that is evaluated after some steps, by a script, and sees which weights each update moved."""
+"""Loops that are evaluated by a script: a bare one that sees which weights each update moved, and a Trainer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback, default_data_collator
+
+import peft_plus
 
 from .bare_loop import BareLoop
+from .multipliers import rows_of
+from .training import quiet
 
 Weights = dict[str, Tensor]
 
@@ -76,3 +81,23 @@ def check_evaluated_resume(fresh: Callable[[], nn.Module], *, steps: int, values
         assert resumed.finished == whole.finished
         assert resumed.held() == whole.held()
     return whole
+
+
+def scripted_trainer(
+    model: nn.Module, folder: Any, values: Sequence[float], *callbacks: TrainerCallback, **settings: Any
+) -> Any:
+    """A Trainer that is evaluated after every second step, by a script.
+
+    Args:
+        values: what the evaluations return as `eval_score`, one after the other.
+    """
+    script = iter(values)
+    return peft_plus.Trainer(
+        model,
+        quiet(folder, eval_strategy="steps", eval_steps=2, learning_rate=1e-3, **settings),
+        train_dataset=rows_of(40),
+        eval_dataset=rows_of(4),
+        data_collator=default_data_collator,
+        compute_metrics=lambda _: {"score": next(script)},
+        callbacks=list(callbacks),
+    )

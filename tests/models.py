@@ -6,6 +6,7 @@ vocabulary 100, no dropout. Two copies of the same call have equal weights.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -190,3 +191,8 @@ def batch(
         case "FEATURE_EXTRACTION":
             return inputs | ({"decoder_input_ids": ids} if name in ("t5", "bart") else {})
     raise ValueError(f"unknown task {task!r}; known: {', '.join(AUTO)}")
+
+
+def rows_of(data: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The rows of a batch, as a dataset."""
+    return [{key: value[i] for key, value in data.items()} for i in range(len(next(iter(data.values()))))]

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, default_data_collator
 
 import peft_plus
 
-from .models import batch
+from . import models
 from .training import quiet
 
 Rates = list[dict[int, float]]
@@ -57,8 +57,7 @@ class Multipliers(TrainerCallback):
 
 
 def rows_of(number: int) -> list[dict[str, Tensor]]:
-    data = batch("bert", rows=number)
-    return [{key: value[i] for key, value in data.items()} for i in range(number)]
+    return models.rows_of(models.batch("bert", rows=number))
 
 
 def in_trainer(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,7 +12,6 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 from transformers import TrainerCallback, default_data_collator
 
@@ -24,12 +23,7 @@ from .models import tiny
 from .tokenizers import tiny_tokenizer
 from .training import quiet
 
-
-@pytest.fixture(autouse=True)
-def one_accelerator_at_a_time() -> Iterator[None]:
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+pytestmark = pytest.mark.usefixtures("one_accelerator_at_a_time")
 
 
 class Diary(Plugin):

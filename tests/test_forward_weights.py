@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from peft_plus import LossTerm, Plugin, Run, attach, get_model
-from tests.consistency import lively, rows_of, trainer_of
-from tests.models import batch, tiny
+from tests.consistency import lively, trainer_of
+from tests.models import batch, rows_of, tiny
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, TrainingArguments
 
 from peft_plus import MethodError, fit, get_model
 from peft_plus.registry import FIRST_PARTY
-from tests.models import AUTO, batch, tiny
+from tests.models import AUTO, batch, rows_of, tiny
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "matrix.md"
 
@@ -242,8 +242,7 @@ def logits(model: nn.Module, cell: Cell) -> Tensor:
 
 
 def examples(cell: Cell) -> list[dict[str, Tensor]]:
-    one = batch(MODELS[cell.task], cell.task, rows=8)
-    return [{name: tensor[row] for name, tensor in one.items()} for row in range(8)]
+    return rows_of(batch(MODELS[cell.task], cell.task, rows=8))
 
 
 def refuse_loading(*_: Any, **__: Any) -> None:

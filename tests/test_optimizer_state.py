@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 from transformers import default_data_collator
 
@@ -26,11 +25,7 @@ RESTS = (3, 4, 6)
 """Steps in which block 2 is frozen: it comes back twice."""
 
 
-@pytest.fixture(autouse=True)
-def one_accelerator_at_a_time() -> Iterator[None]:
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+pytestmark = pytest.mark.usefixtures("one_accelerator_at_a_time")
 
 
 @dataclass(kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from transformers import TrainerCallback, default_data_collator, get_constant_schedule
 
 import peft_plus
@@ -21,12 +20,7 @@ from .bad_inputs import built, rows, same, trainer, weights
 from .models import tiny
 from .training import quiet
 
-
-@pytest.fixture(autouse=True)
-def one_accelerator_at_a_time() -> Iterator[None]:
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+pytestmark = pytest.mark.usefixtures("one_accelerator_at_a_time")
 
 
 @dataclass(kw_only=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,7 +10,6 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor, nn
 from transformers import TrainerCallback, default_data_collator
 
@@ -21,12 +19,7 @@ from .bad_inputs import built, rows, same, trainer, weights
 from .models import tiny
 from .scale import distance
 
-
-@pytest.fixture(autouse=True)
-def one_accelerator_at_a_time() -> Iterator[None]:
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+pytestmark = pytest.mark.usefixtures("one_accelerator_at_a_time")
 
 
 # ---- keep and restore ----------------------------------------------------------------------------------------------

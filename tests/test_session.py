@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +13,6 @@ import peft
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup
 
@@ -28,12 +27,7 @@ from .training import quiet
 Rows = list[dict[str, Tensor]]
 
 
-@pytest.fixture(autouse=True)
-def one_accelerator_at_a_time() -> Iterator[None]:
-    """Accelerate keeps its state in the class: each test starts with none."""
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+pytestmark = pytest.mark.usefixtures("one_accelerator_at_a_time")
 
 
 def rows_of(name: str = "bert", task: str = "SEQ_CLS", number: int = 22) -> Rows:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from filelock import FileLock
 
 from tests.models import tiny
@@ -92,7 +91,5 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subpr
 
 
 @pytest.fixture(autouse=True)
-def no_accelerator_left() -> None:
-    """Accelerate keeps its state in classes: each run in this process starts with none."""
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+def no_accelerator_left(one_accelerator_at_a_time: None) -> None:
+    """Each run in this process starts with none."""

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from peft_plus import MethodError, Param, PluginError, Run, get_model
 from peft_plus_freezing.autofreeze import AutoFreeze, changed, depth_norms, first_to_train
 from peft_plus_freezing.sampled_elements import sampled
-from tests.bare_loop import BareLoop, check_resume, on_nf4
+from tests.bare_loop import BareLoop, check_frozen_rests, check_resume, on_nf4
 from tests.models import tiny
 from tests.multipliers import in_session, in_trainer
 
@@ -239,20 +239,7 @@ def test_in_a_session_with_accumulation_it_freezes_for_good() -> None:
 def test_what_is_frozen_stands_still_and_takes_no_memory() -> None:
     model = get_model(tiny("bert", **DEEP), {"full": {}, "autofreeze": {"interval_steps": 1}})
     loop = BareLoop(model, steps=10)
-    params, tensors = model.peft_plus.params, dict(loop.engine.effects.tensors)
-    plugin = model.peft_plus.plugins[0]
-    frozen = set()
-    while loop.finished < loop.steps:
-        lowest = plugin.lowest if loop.finished else 0
-        before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        loop.step()
-        for name, tensor in tensors.items():
-            if params[name].depth < lowest:
-                assert torch.equal(tensor, before[name])
-                assert not loop.optimizer.state.get(tensor)
-                frozen.add(params[name].depth)
-    loop.engine.prove(None)
-    assert {0, 1} <= frozen
+    assert {0, 1} <= check_frozen_rests(loop)
 
 
 def test_its_memory_is_a_sample_of_each_tensor() -> None:

@@ -19,12 +19,12 @@ import peft_plus
 from peft_plus import MethodError, PluginError, get_model
 from peft_plus_freezing.freeze_plan import FreezePlan
 from tests.bare_loop import BareLoop, on_nf4
-from tests.evaluated_loop import EvaluatedLoop, changed, check_evaluated_resume, weights
+from tests.evaluated_loop import EvaluatedLoop, changed, check_evaluated_resume, scripted_trainer, weights
 from tests.models import tiny
 from tests.multipliers import in_session, in_trainer, rows_of
 from tests.test_effects import depth_of
 from tests.tokenizers import tiny_tokenizer
-from tests.training import quiet
+from tests.training import StopAt, quiet
 
 NAN = float("nan")
 Phases = Sequence[Mapping[str, Any]]
@@ -254,30 +254,13 @@ def test_resumed_after_any_step_the_end_is_bit_identical(restore: bool) -> None:
 # ---- under a Trainer -----------------------------------------------------------------------------------------------
 
 
-class StopAt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self._step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        control.should_training_stop = state.global_step == self._step
-
-
 def trainer_of(folder: Any, values: Sequence[float], *callbacks: TrainerCallback, **settings: Any) -> Any:
     torch.manual_seed(0)  # of the adapters
-    script = iter(values)
     phases = [
         {"train": "head", "patience": 1, "metric": "score", "restore_best": True},
         {"train": ["blocks 2-3", "head"], "patience": 1, "metric": "score", "restore_best": True},
     ]
-    return peft_plus.Trainer(
-        planned(phases, "lora"),
-        quiet(folder, eval_strategy="steps", eval_steps=2, max_steps=20, learning_rate=1e-3, **settings),
-        train_dataset=rows_of(40),
-        eval_dataset=rows_of(4),
-        data_collator=default_data_collator,
-        compute_metrics=lambda _: {"score": next(script)},
-        callbacks=list(callbacks),
-    )
+    return scripted_trainer(planned(phases, "lora"), folder, values, *callbacks, max_steps=20, **settings)
 
 
 def test_a_phase_begins_right_after_the_evaluation_that_stalled_and_the_last_one_ends_the_run(tmp_path: Any) -> None:

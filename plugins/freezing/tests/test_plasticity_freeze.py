@@ -17,7 +17,7 @@ from peft_plus import MethodError, Param, PluginError, Run, get_model
 from peft_plus.stage_start import run_at_start
 from peft_plus_freezing import plasticity_freeze
 from peft_plus_freezing.plasticity_freeze import PlasticityFreeze, similarity_loss, slope
-from tests.bare_loop import BareLoop, check_resume, on_nf4
+from tests.bare_loop import BareLoop, check_frozen_rests, check_resume, on_nf4
 from tests.models import batch, tiny
 from tests.multipliers import in_session, in_trainer
 
@@ -411,23 +411,13 @@ def test_a_linear_schedule_thaws_near_its_end(tmp_path: Any) -> None:
 def test_what_is_frozen_stands_still_and_takes_no_memory() -> None:
     model: Any = get_model(tiny("bert", **DEEP), {"full": {}, "plasticity_freeze": SETTINGS})
     loop = BareLoop(model, steps=16)
-    params, tensors = model.peft_plus.params, dict(loop.engine.effects.tensors)
-    plugin = model.peft_plus.plugins[0]
-    frozen = set()
-    while loop.finished < loop.steps:
-        lowest = plugin.lowest if loop.finished else 0
-        before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        loop.step()
-        for name, tensor in tensors.items():
-            if params[name].depth < lowest:
-                assert torch.equal(tensor, before[name])
-                assert not loop.optimizer.state.get(tensor)
-                frozen.add(params[name].depth)
-        assert all(plugin.lowest <= params[name].depth <= plugin.front for name in plugin.reference), (
-            "one block's weights"
-        )
-    loop.engine.prove(None)
-    assert {0, 1} <= frozen
+    params, plugin = model.peft_plus.params, model.peft_plus.plugins[0]
+
+    def look() -> None:
+        depths = {params[name].depth for name in plugin.reference}
+        assert all(plugin.lowest <= depth <= plugin.front for depth in depths), "one block's weights"
+
+    assert {0, 1} <= check_frozen_rests(loop, look)
 
 
 @pytest.mark.parametrize(("tuner", "refresh"), [("full", 1), ("lora", 2)])

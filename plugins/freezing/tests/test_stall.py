@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers import TrainerCallback, default_data_collator
+from torch import nn
+from transformers import TrainerCallback
 
-import peft_plus
 from peft_plus import MethodError, Param, PluginError, Run, get_model
-from peft_plus.engine import Engine
 from peft_plus_freezing.gradual_unfreeze import GradualUnfreeze
-from tests.models import batch, tiny
-from tests.training import quiet
+from tests.evaluated_loop import check_evaluated_resume, scripted_trainer
+from tests.models import tiny
+from tests.multipliers import rows_of
+from tests.training import StopAt
 
 NAN = float("nan")
 
@@ -143,11 +142,6 @@ def test_settings_out_of_range_or_without_effect_are_refused(settings: dict[str,
 # ---- under a Trainer -----------------------------------------------------------------------------------------------
 
 
-def rows(number: int) -> list[dict[str, Tensor]]:
-    data = batch("bert", rows=number)
-    return [{key: value[i] for key, value in data.items()} for i in range(number)]
-
-
 def timeline(model: Any) -> list[tuple[int, int]]:
     """From which step on how many depths trained."""
     return [(change.step, len({depth for depth, _ in change.groups})) for change in model.peft_plus.timeline]
@@ -166,17 +160,8 @@ class Moved(TrainerCallback):
 
 
 def trainer_of(folder: Any, values: Sequence[float], *callbacks: TrainerCallback, **settings: Any) -> Any:
-    script = iter(values)
     model = get_model(tiny("bert"), {"full": {}, "gradual_unfreeze": {"every": "stall", "metric": "score"}})
-    return peft_plus.Trainer(
-        model,
-        quiet(folder, eval_strategy="steps", eval_steps=2, max_steps=10, learning_rate=1e-3, **settings),
-        train_dataset=rows(40),
-        eval_dataset=rows(4),
-        data_collator=default_data_collator,
-        compute_metrics=lambda _: {"score": next(script)},
-        callbacks=list(callbacks),
-    )
+    return scripted_trainer(model, folder, values, *callbacks, max_steps=10, **settings)
 
 
 def test_a_depth_thaws_two_updates_after_the_evaluation_that_stalled(tmp_path: Any) -> None:
@@ -192,7 +177,7 @@ def test_metrics_of_several_datasets_are_one_evaluation(tmp_path: Any) -> None:
     """The Trainer reports each dataset on its own; the metric is that of the first, and the second does not hide it."""
     moved = Moved()
     trainer = trainer_of(tmp_path, [0.5, 0.1, 0.6, 0.1, 0.6, 0.1, 0.7, 0.1, 0.8, 0.1], moved)
-    trainer.eval_dataset = {"a": rows(4), "b": rows(4)}
+    trainer.eval_dataset = {"a": rows_of(4), "b": rows_of(4)}
     trainer.model.peft_plus.plugins[0].metric = "eval_a_score"
     trainer.train()
     assert moved.depths == [1, 1, 1, 1, 1, 1, 1, 2, 2, 2]
@@ -206,14 +191,6 @@ def test_a_metric_that_never_comes_stops_the_run_at_the_first_evaluation(tmp_pat
 
 
 # ---- interrupted ---------------------------------------------------------------------------------------------------
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self._step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        control.should_training_stop = state.global_step == self._step
 
 
 @pytest.mark.parametrize("stop", [4, 5, 9])
@@ -231,34 +208,6 @@ def test_a_trainer_stopped_and_resumed_ends_bit_identical(stop: int, tmp_path: A
     assert timeline(resumed.model) == timeline(whole.model) == [(0, 1), (5, 2), (9, 3)]
 
 
-def steps(model: Any, engine: Engine, optimizer: Any, values: dict[int, float], start: int, stop: int) -> Iterator[int]:
-    """A bare loop, with an evaluation after the steps that `values` has; yields after each step what is finished."""
-    for step in range(start, stop):
-        engine.step_begin(step)
-        model.train()
-        engine.before_forward()
-        model(**batch("bert", seed=step)).loss.backward()
-        engine.after_backward()
-        engine.before_update()
-        optimizer.step()
-        engine.after_update()
-        optimizer.zero_grad()
-        engine.step_end(step + 1)
-        if step + 1 in values:
-            engine.evaluated({"eval_loss": values[step + 1]})
-        yield step + 1
-
-
-def prepared(model: Any, step: int, state: Any = None) -> tuple[Engine, torch.optim.Optimizer]:
-    engine = Engine(model, model.peft_plus, model.peft_plus.stages[0])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    engine.adopt(optimizer)
-    if state is not None:
-        engine.load_state_dict(state)
-    engine.begin(step=step, max_steps=12, steps_per_epoch=4, optimizer=optimizer, lr=1e-2, seed=0)
-    return engine, optimizer
-
-
 def test_resumed_after_any_step_the_end_is_bit_identical() -> None:
     """Also right after an evaluation that is saved but not yet looked at."""
     values = {2: 1.0, 4: 1.0, 5: 0.5, 7: 0.6, 9: 0.6}
@@ -266,20 +215,5 @@ def test_resumed_after_any_step_the_end_is_bit_identical() -> None:
     def fresh() -> Any:
         return get_model(tiny("bert"), ["full", GradualUnfreeze(every="stall")])
 
-    whole = fresh()
-    engine, optimizer = prepared(whole, 0)
-    kept = {}
-    for step in steps(whole, engine, optimizer, values, 0, 12):
-        kept[step] = copy.deepcopy((whole.state_dict(), optimizer.state_dict(), engine.state_dict()))
-    assert timeline(whole) == [(0, 1), (5, 2), (8, 3), (10, 4)]
-    for start in range(1, 12):
-        model = fresh()
-        weights, moments, state = kept[start]
-        model.load_state_dict(weights)
-        engine, optimizer = prepared(model, start, state)
-        optimizer.load_state_dict(moments)
-        for _ in steps(model, engine, optimizer, values, start, 12):
-            pass
-        pairs = zip(model.state_dict().values(), whole.state_dict().values(), strict=True)
-        assert all(torch.equal(resumed, uninterrupted) for resumed, uninterrupted in pairs)
-        assert timeline(model) == timeline(whole)
+    whole = check_evaluated_resume(fresh, steps=12, values=values)
+    assert timeline(whole.model) == [(0, 1), (5, 2), (8, 3), (10, 4)]

@@ -27,6 +27,8 @@ from tests.tokenizers import tiny_tokenizer
 from tests.training import quiet
 from tests.trunk.architectures import DROPOUT, batch_of, model_of, task_of
 
+pytestmark = pytest.mark.usefixtures("one_accelerator_at_a_time")
+
 Weights = dict[str, Tensor]
 
 LORA = {"r": 2, "init_lora_weights": False, "target_modules": "all-linear"}
@@ -316,14 +318,6 @@ def session_run(
             if session.step == stop_at:
                 break
     return weights(model)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator() -> None:
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
 
 
 @pytest.mark.parametrize(("accumulation", "precision"), [(1, "no"), (2, "no"), (1, "bf16")])

@@ -20,7 +20,7 @@ from peft_plus import MethodError, Run, get_model
 from peft_plus.session import Session
 from peft_plus_incremental.length_buckets import LengthBuckets, by_length
 from tests.models import EOS, PAD, VOCAB, tiny
-from tests.training import quiet
+from tests.training import StopAt, quiet
 
 PERMUTED = (torch.arange(1000) * 387) % 1000 + 1
 """1,000 examples of which no two are equally long."""
@@ -224,14 +224,6 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         "attention_mask": (ids != PAD).long(),
         "labels": torch.tensor([r["labels"] for r in rows]),
     }
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self._step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        control.should_training_stop = state.global_step == self._step
 
 
 class Widths(TrainerCallback):

@@ -17,18 +17,18 @@ from peft_plus_stability.r3f import R3F
 from tests.consistency import (
     TASKS,
     Grab,
+    accumulated,
     distance,
     gradients,
     kl_both_ways,
     lively,
     model_and_batch,
-    rows_of,
     sampler_order,
     summed_distance,
     trainer_of,
     two_passes,
 )
-from tests.models import batch, tiny
+from tests.models import batch, rows_of, tiny
 
 
 @pytest.fixture(autouse=True)
@@ -130,9 +130,7 @@ def test_the_whole_gradient_whatever_the_accumulation(name, task, tmp_path):
             tmp_path,
             [grab],
             max_steps=1,
-            per_device_train_batch_size=8 // accumulation,
-            gradient_accumulation_steps=accumulation,
-            max_grad_norm=0.0,
+            **accumulated(8, accumulation),
         ).train()
         noise = torch.cat(recorder.noise())
         found.append((noise, grab.gradients))

@@ -19,15 +19,15 @@ from peft_plus.layers import layer_map
 from tests.consistency import (
     TASKS,
     Grab,
+    accumulated,
     distance,
     gradients,
     model_and_batch,
-    rows_of,
     sampler_order,
     summed_distance,
     trainer_of,
 )
-from tests.models import PAD, batch, tiny
+from tests.models import PAD, batch, rows_of, tiny
 
 FREEZE = {"freeze": {"blocks": 2}}
 """The embeddings go with the first blocks."""
@@ -170,9 +170,7 @@ def test_the_whole_gradient_whatever_the_accumulation(name: str, tmp_path: Any) 
             tmp_path,
             [grab],
             max_steps=1,
-            per_device_train_batch_size=8 // accumulation,
-            gradient_accumulation_steps=accumulation,
-            max_grad_norm=0.0,
+            **accumulated(8, accumulation),
         ).train()
         found.append((torch.cat(seen.noise()), grab.gradients))
     noise = found[0][0]

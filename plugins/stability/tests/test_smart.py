@@ -19,18 +19,18 @@ from peft_plus_stability.smart import SMART, ascend
 from tests.consistency import (
     TASKS,
     Grab,
+    accumulated,
     distance,
     gradients,
     kl_both_ways,
     lively,
     model_and_batch,
-    rows_of,
     sampler_order,
     summed_distance,
     trainer_of,
     two_passes,
 )
-from tests.models import batch, tiny
+from tests.models import batch, rows_of, tiny
 
 LARGE = {"eps": 0.5, "step_size": 0.3, "sigma": 0.4}
 """Noise that does not vanish by rounding, of which some elements reach eps and others do not."""
@@ -395,9 +395,7 @@ def test_the_whole_gradient_whatever_the_accumulation(name, task, tmp_path):
             tmp_path,
             [grab],
             max_steps=3,
-            per_device_train_batch_size=8 // accumulation,
-            gradient_accumulation_steps=accumulation,
-            max_grad_norm=0.0,
+            **accumulated(8, accumulation),
             optim="sgd",
         ).train()
         found.append(grab.gradients)
