@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .hf import with_plugins as with_plugins
     from .plugin import LossTerm as LossTerm
     from .plugin import Param as Param
+    from .plugin import Pass as Pass
     from .plugin import Plugin as Plugin
     from .plugin import Run as Run
     from .reload import from_pretrained as from_pretrained
@@ -60,6 +61,7 @@ _HOMES = {
     "with_plugins": "hf",
     "LossTerm": "plugin",
     "Param": "plugin",
+    "Pass": "plugin",
     "Plugin": "plugin",
     "Run": "plugin",
     "Session": "session",

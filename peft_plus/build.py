@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from . import loading, registry
+from .ask import ask
 from .compose import Method, Plan, Tuner, check_needs, resolve, who
 from .distributed import check_unpartitioned
 from .effects import trainable_names
-from .errors import MethodError
+from .errors import MethodError, PluginError
 from .layers import Layers, find_heads, layer_map, transformers_model
 from .parts import part_of
 from .plugin import NEEDS, Param
@@ -168,6 +169,8 @@ def _attach(model: nn.Module, resolved: Method, task: str | Task | None, num_lab
     check_loaded(model, chosen, num_labels)
     tuner = tuner_of(model)
     _check(resolved, tuner, chosen, loading.scheme_of_model(transformers_model(model)))
+    if _prepared(model, resolved) is not model:
+        raise MethodError("A plugin puts another model in the place of the one that it is attached to: use get_model.")
     return _with_plan(model, resolved, tuner, chosen)
 
 
@@ -225,7 +228,19 @@ def _rehearse(source: loading.Source, tuner: Tuner, task: Task, method: Method) 
 def _finish(base: nn.Module, method: Method, tuner: Tuner, task: Task) -> nn.Module:
     loading.keep_differentiable(base)
     untouched = fingerprint(base)  # before PiSSA and its like change the weights that they start from
+    base = _prepared(base, method)
     return _with_plan(with_tuner(base, tuner, task), method, tuner, task, untouched)
+
+
+def _prepared(base: nn.Module, method: Method) -> nn.Module:
+    """The base with the weights that plugins want in it."""
+    for plugin in method.plugins:
+        if "prepare_base" in plugin.hooks():
+            answer = ask(plugin, "prepare_base", base)
+            if not isinstance(answer, nn.Module):
+                raise PluginError(f"{who(plugin, method.origins)} returned {answer!r} from prepare_base, not a model.")
+            base = answer
+    return base
 
 
 def _with_plan(

@@ -128,6 +128,7 @@ def resolve(method: Any, loose: Mapping[str, Any] | None = None, task_type: str 
     stages = plan_stages(ordered, origins)
     _check_one_order(ordered, origins, stages)
     _check_one_schedule(ordered, origins, stages)
+    _check_one_owner(ordered, origins, stages)
     return Method(tuners[0] if tuners else None, ordered, origins, stages)
 
 
@@ -150,6 +151,11 @@ def check_needs(plugins: Sequence[Plugin], origins: Mapping[str, str], tuner: Tu
                     f"{who(plugin, origins)} needs {NEEDS['body']}; 'linear_probe' trains the head alone. Drop the "
                     "plugin, or use a tuner such as 'lora' or 'full'."
                 )
+            if need == "base" and tuner.name != "full":
+                raise MethodError(
+                    f"{who(plugin, origins)} needs {NEEDS['base']}: {tuner.name!r} keeps the base as it was loaded, "
+                    "and its adapter is saved without it. Drop the plugin, or use the tuner 'full'."
+                )
             if need == "new_head" and not task.new_head:
                 raise MethodError(
                     f"{who(plugin, origins)} needs {NEEDS['new_head']}; the task {task.name or 'of this model'!r} "
@@ -160,6 +166,7 @@ def check_needs(plugins: Sequence[Plugin], origins: Mapping[str, str], tuner: Tu
 def plan_stages(plugins: Sequence[Plugin], origins: Mapping[str, str]) -> tuple[Stage, ...]:
     """Let every plugin change the plan of stages, in order; one plain stage where none does."""
     stages: tuple[Stage, ...] = (Stage(),)
+    set_by: dict[tuple[str, str], Plugin] = {}
     for plugin in plugins:
         if "plan_stages" not in plugin.hooks():
             continue
@@ -168,12 +175,36 @@ def plan_stages(plugins: Sequence[Plugin], origins: Mapping[str, str]) -> tuple[
             raise PluginError(
                 f"{who(plugin, origins)} returned {answer!r} from plan_stages; expected a list of Stages, at least one."
             )
+        _check_arguments(plugin, origins, stages, answer, set_by)
         stages = tuple(answer)
         _check_stages(plugin, origins, stages, {p.name for p in plugins})
     names = [s.name for s in stages]
     if len(set(names)) < len(names):
         raise PluginError(f"Two stages of the plan have one name: {names}. Each plugin that adds stages names its own.")
     return stages
+
+
+def _check_arguments(
+    plugin: Plugin,
+    origins: Mapping[str, str],
+    before: Sequence[Stage],
+    after: Sequence[Stage],
+    set_by: dict[tuple[str, str], Plugin],
+) -> None:
+    """Raise MethodError where two plugins want different values of one training argument."""
+    old = {stage.name: stage.args for stage in before}
+    for stage in (stage for stage in after if isinstance(stage.args, Mapping)):
+        for name, value in stage.args.items():
+            there = old.get(stage.name, {})
+            if name in there and there[name] == value:
+                continue
+            other = set_by.get((stage.name, name))
+            if other is not None:
+                raise MethodError(
+                    f"{who(other, origins)} sets {name}={there.get(name)!r} and {who(plugin, origins)} "
+                    f"{name}={value!r} in the stage {stage.name!r}. Drop one of them, or set both alike."
+                )
+            set_by[stage.name, name] = plugin
 
 
 def _check_stages(plugin: Plugin, origins: Mapping[str, str], stages: Sequence[Stage], known: set[str]) -> None:
@@ -316,6 +347,21 @@ def _check_one_order(plugins: Sequence[Plugin], origins: Mapping[str, str], stag
                 f"{who(named[0], origins)} and {who(named[1], origins)} both set the order of the data, of which there "
                 "is one. Drop one of them."
             )
+
+
+_OWNED = {"passes": "make the passes of a micro-batch", "eval_weights": "say which weights are evaluated and saved"}
+"""Hooks of which a stage has one: hook → what several plugins would then do."""
+
+
+def _check_one_owner(plugins: Sequence[Plugin], origins: Mapping[str, str], stages: Sequence[Stage]) -> None:
+    """Raise MethodError where two plugins of one stage answer a hook that only one can."""
+    for stage in stages:
+        for hook, what in _OWNED.items():
+            named = [p for p in plugins if hook in p.hooks() and (stage.plugins is None or p.name in stage.plugins)]
+            if len(named) > 1:
+                raise MethodError(
+                    f"{who(named[0], origins)} and {who(named[1], origins)} both {what}. Drop one of them."
+                )
 
 
 def _check_one_schedule(plugins: Sequence[Plugin], origins: Mapping[str, str], stages: Sequence[Stage]) -> None:

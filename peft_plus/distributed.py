@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from .compose import Plan, who
 from .errors import MethodError
@@ -19,6 +20,13 @@ logger = logging.getLogger(__name__)
 def flipping(plan: Plan) -> Plugin | None:
     """The first plugin that may freeze or thaw something while a stage runs, or None."""
     return next((plugin for plugin in plan.plugins if "may_train" in plugin.hooks()), None)
+
+
+def is_split(model: nn.Module) -> bool:
+    """Whether processes share the weights of a model (FSDP, DeepSpeed ZeRO-3), so that none has them whole."""
+    return any(isinstance(module, FSDPModule) for module in model.modules()) or any(
+        hasattr(tensor, "ds_id") for tensor in model.parameters()
+    )
 
 
 def check_ddp(plan: Plan, args: Any) -> None:
@@ -80,7 +88,8 @@ def check_checkpointing(plan: Plan, args: Any) -> None:
 
 
 def _refuse_reentrant(plan: Plan, fix: str) -> None:
-    plugin = next((p for p in plan.plugins if {"may_train", "loss_terms"} & set(p.hooks())), None)
+    hooks = {"may_train", "loss_terms", "passes"}
+    plugin = next((p for p in plan.plugins if hooks & set(p.hooks())), None)
     if plugin is not None:
         raise MethodError(
             f"Reentrant activation checkpointing under DDP counts gradients twice when {who(plugin, plan.origins)} "
@@ -106,6 +115,12 @@ def check_accelerator(plan: Plan, model: nn.Module, accelerator: Any) -> None:
     Raises:
         MethodError: the plan cannot run exactly there; names the plugin and what to use instead.
     """
+    guard = next((plugin for plugin in plan.plugins if "accept_update" in plugin.hooks()), None)
+    if guard is not None and accelerator.mixed_precision == "fp16":
+        raise MethodError(
+            f"{who(guard, plan.origins)} looks at each update, and in fp16 the gradient scaler leaves updates out "
+            "itself, before anybody can look. Use bf16, or drop it."
+        )
     if accelerator.num_processes > 1 and _checkpoints_reentrantly(model):
         _refuse_reentrant(plan, "model.gradient_checkpointing_enable({'use_reentrant': False})")
     if flipping(plan) is not None and accelerator.ddp_handler is not None:
@@ -155,6 +170,12 @@ def _check_same_start(plan: Plan, model: nn.Module) -> None:
 
 def _check_deepspeed(plan: Plan, stage: int) -> None:
     logger.warning("DeepSpeed updates flat copies of its own: what moved is not compared with what was declared.")
+    own = next((p for p in plan.plugins if {"passes", "edit_gradient", "moves", "eval_weights"} & set(p.hooks())), None)
+    if own is not None:
+        raise MethodError(
+            f"{who(own, plan.origins)} makes passes, gradients or weights of its own, and DeepSpeed owns the backward "
+            "and updates flat copies of all parameters. Use DDP or FSDP2."
+        )
     plugin = flipping(plan)
     if plugin is not None and stage >= 1:
         raise MethodError(

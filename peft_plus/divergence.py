@@ -46,17 +46,28 @@ class StepParts:
     owners: dict[str, str] = field(default_factory=dict)
     constant: set[str] = field(default_factory=set)
 
-    def begin(self, loss: Tensor) -> None:
-        """Note the task's own loss of the next micro-batch."""
-        self.losses.append({"": loss.detach()})
+    def begin(self, loss: Tensor, *, number: int) -> None:
+        """Note the task's own loss of a pass.
+
+        Args:
+            number: of the micro-batch, from 0; the parts of several passes over it are added.
+        """
+        if number >= len(self.losses):
+            self.losses.append({})
+        self.losses[-1][""] = self.losses[-1].get("", 0) + loss.detach()
 
     def add(self, name: str, term: Tensor) -> None:
         """Note a loss term of the micro-batch at work."""
         if not self.losses:  # of a loop that does not tell
             self.losses.append({})
-        self.losses[-1][name] = term.detach()
+        self.losses[-1][name] = self.losses[-1].get(name, 0) + term.detach()
         if not term.requires_grad:
             self.constant.add(name)
+
+    @property
+    def task_loss(self) -> float:
+        """The task's loss over all micro-batches. It waits for the device."""
+        return sum(float(one[""]) for one in self.losses if "" in one)
 
 
 def gradient_norm(tensors: Iterable[nn.Parameter]) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import proof
@@ -17,23 +18,28 @@ from .ask import ask
 from .compose import Plan
 from .distributed import plain_parameters
 from .divergence import StepParts, check_scaler, check_update, gradient_norm
+from .effective import EffectiveWeights
 from .effects import Effects
 from .errors import EngagementError, MethodError, PluginError, TrainingError
+from .eval_weights import EvalWeights
 from .graph_cut import cut_graph
+from .passes import MicroBatchPasses, Passes
 from .plan_state import check_states, load_plan_state, plan_state
 from .plugin import Plugin, Run
 from .rates import Rates
+from .run_data import RunData
 from .run_weights import RunWeights
 from .stages import Stage
 from .timeline import Change, label
 from .trunk import TrainingData, TrunkService
 from .trunk.asked import asked_options
+from .update_edits import UpdateEdits, accepted
 
 logger = logging.getLogger(__name__)
 
-_BETWEEN_STEPS = ("on_step_end", "on_evaluate")
+_BETWEEN_STEPS = ("on_stage_begin", "on_step_end", "on_evaluate")
 """Events at which weights may be kept and put back: a checkpoint of the step is written after them."""
-_NOT_NOW = "weights are kept and put back in on_step_end and on_evaluate alone, where a step is whole."
+_NOT_NOW = "weights are kept and put back in on_stage_begin, on_step_end and on_evaluate alone, where a step is whole."
 _COPIES = "DeepSpeed updates copies of its own, which would undo it at the next step. Use DDP or FSDP2."
 
 
@@ -67,6 +73,9 @@ class Engine:
         self._resumed_at = 0
         self._refused = ""  # why no weights may be kept at all
         self._measured = False  # by an evaluation that plugins were not told of
+        self.eval_weights = EvalWeights(plan, stage, self.weights)
+        self._training_weights: Mapping[str, Tensor] = {}  # of the checkpoint that it goes on from
+        self.rejected = False  # whether a plugin refused the update at work
         self.trunk: TrunkService | None = None
         self._trunk_state: Mapping[str, Any] | None = None
         self._finished = False
@@ -95,16 +104,21 @@ class Engine:
         watch: bool = True,
         data: TrainingData | None = None,
         scratch: Path | None = None,
+        evaluates: bool | None = None,
     ) -> None:
         """Training starts, or goes on at `step`: freeze what is frozen there, and `watch` what moves.
 
         Args:
             data: what the loop knows of them.
             scratch: a folder for what is needed until the run has finished, also by a resumed one.
+            evaluates: whether it evaluates while it trains; None where nobody knows.
         """
-        plan = self.plan
+        plan, data = self.plan, data or TrainingData()
         self.effects.rebind(self.model)
-        self.weights.tensors = self.effects.tensors
+        self.weights.tensors, self.weights.optimizer = self.effects.tensors, optimizer
+        if self._training_weights:
+            self.weights.write(self._training_weights)
+            self._training_weights = {}
         self._resumed_at = step
         self.run = Run(
             model=self.model,
@@ -125,12 +139,21 @@ class Engine:
             processes=processes,
             last_metrics=self._last_metrics,
             last_evaluation_step=self._last_evaluation_step,
+            evaluates=evaluates,
             weights=self.weights,
             stop_reasons=self._stop_reasons,
         )
+        active = plan.active(self.stage)
+        self._effective = EffectiveWeights(
+            self.model, self.effects.tensors, [p for p in active if "effective_weight" in p.hooks()], plan.origins
+        )
+        self._passes = Passes(self.model, plan, self.stage)
+        self._edits = UpdateEdits(active, self.weights, plan.origins)
         if watch:
             self._begin_watch()
         self.weights.watch, self._refused = self._watch, "" if watch else _COPIES
+        if step == 0:
+            self._begin_stage(data)
         if not self._changes():
             self.effects.recall(self.run)
         never = self.effects.never_trained(self.run)
@@ -146,7 +169,18 @@ class Engine:
         self.effects.apply(self.run)
         self._restore_graph()  # of a run that broke off
         self._restore_graph = cut_graph(self.model)
-        self._begin_trunk(data or TrainingData(), scratch)
+        self._begin_trunk(data, scratch)
+
+    def _begin_stage(self, data: TrainingData) -> None:
+        self.run.data = RunData(self.model, self.plan.task, self.effects.tensors, data)
+        try:
+            self._tell("on_stage_begin")
+        except PluginError as error:
+            if isinstance(error.__cause__, ValueError):
+                raise MethodError(f"{error}") from error.__cause__
+            raise
+        finally:
+            self.run.data = None
 
     def _begin_trunk(self, data: TrainingData, scratch: Path | None) -> None:
         options = asked_options(self.plan, self.stage, self.run)
@@ -189,6 +223,7 @@ class Engine:
         self.effects.rest()
         if self.trunk is not None:
             self.trunk.rest()
+        self._effective.put(self.run, self.effects.trains)
 
     def after_forward(self) -> None:
         """Between all passes of a micro-batch and its backward."""
@@ -196,6 +231,7 @@ class Engine:
 
     def after_backward(self) -> None:
         """After each micro-batch, before the gradients' norm is taken."""
+        self._effective.take_back()
         self.effects.drop_frozen_gradients()
 
     def check_terms(self, parts: StepParts, device: torch.device) -> None:
@@ -228,8 +264,14 @@ class Engine:
         Args:
             norm: of all gradients.
         Raises:
-            TrainingError: it is no finite number.
+            TrainingError: it is no finite number, and no plugin refused the update.
         """
+        guards = self._listeners("accept_update")
+        if guards and not accepted(guards, self.run, parts.task_loss, float(norm), self.plan.origins):
+            self.rejected = True
+            for tensor in self.effects.tensors.values():
+                tensor.grad = None
+            return
         optimizer: Any = self.run.optimizer
         rate = max((float(group["lr"] or 0.0) for group in optimizer.param_groups), default=0.0)
         check_update(norm, parts, self.model, step=self.run.step, rate=rate)
@@ -240,10 +282,14 @@ class Engine:
         Args:
             may_overflow: whether a gradient scaler will skip the update if they are not finite.
         """
+        self._effective.take_back()
         self.effects.drop_frozen_gradients()
+        if self.rejected:
+            return
         told = self._listeners("on_pre_optimizer_step")
         if told and not (may_overflow and not bool(gradient_norm(self.effects.tensors.values()).isfinite())):
             self._tell("on_pre_optimizer_step")
+        self._edits.before_update(self.run, self.effects.trains)
         optimizer: Any = self.run.optimizer
         self._restore_rates = self.rates.scale(optimizer, self.run)
         if self._watch is None:
@@ -259,6 +305,8 @@ class Engine:
         Args:
             skipped: whether a gradient scaler found an overflow, and nothing was updated.
         """
+        self._edits.after_update()
+        self.rejected = False
         if self._restore_rates is not None:
             self._restore_rates()
             self._restore_rates = None
@@ -324,6 +372,8 @@ class Engine:
             "last_evaluation_step": self.run.last_evaluation_step,
             "stop_reasons": list(self.run.stop_reasons),
             "kept": self.weights.kept,
+            "kept_states": self.weights.kept_states,
+            "training_weights": self.eval_weights.training(self.run),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -339,6 +389,8 @@ class Engine:
         self._trunk_state = state.get("trunk")
         self._stop_reasons = list(state.get("stop_reasons", ()))  # earlier versions knew of neither
         self.weights.kept = state.get("kept", {})
+        self.weights.kept_states = state.get("kept_states", {})
+        self._training_weights = state.get("training_weights", {})
 
     def _changes(self) -> list[Change]:
         return [change for change in self.plan.timeline if change.stage == self.stage.name]
@@ -352,6 +404,8 @@ class Engine:
         Raises:
             EngagementError: a declared group never moved, a frozen tensor did, or a tensor is not finite any more.
         """
+        if not self._finished and self._watch is None:
+            self.eval_weights.stay(self.run)  # under DeepSpeed nothing is watched
         self._finished = True
         if self._watch is None:
             return
@@ -366,15 +420,31 @@ class Engine:
             if save is None:
                 raise
             raise EngagementError(f"{error} The weights as they are were saved in {save()!r}.") from None
+        self.eval_weights.stay(self.run)
 
     def close(self) -> None:
         """Give the model back as `get_model` made it: every parameter of the plan trainable."""
+        if hasattr(self, "_effective"):
+            self._effective.take_back()
         self._restore_graph()
         if self.trunk is not None:
             # Who stopped it by a callback may go on later.
             self.trunk.close(finished=self._finished and (self.run.step >= self.run.max_steps or self.stopped))
             self.trunk = None
         self.effects.close()
+
+    @contextmanager
+    def evaluating(self) -> Generator[None]:
+        """While this is open, the weights to evaluate and to save stand in the model. Every process must open it."""
+        if not hasattr(self, "run") or self._finished:
+            yield
+            return
+        with self.eval_weights.standing(self.run):
+            yield
+
+    def passes(self, batch: Mapping[str, Any]) -> MicroBatchPasses | None:
+        """The passes that a plugin puts in the place of a micro-batch's plain one; None where there is only that."""
+        return self._passes.of(self.run, batch)
 
     @property
     def term_plugins(self) -> list[Plugin]:

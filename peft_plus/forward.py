@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from .distributed import is_split
 from .layers import transformers_model
 
 if TYPE_CHECKING:
@@ -54,23 +55,47 @@ def second_pass(
         if trunk is None:
             raise ValueError("There is no trunk to perturb outside of a training step.")
         trunk.check_stays()
-        with trunk.changed(_Noise(perturb["trunk"], "the trunk's output").add):
+        with trunk.changed(Noise(perturb["trunk"], "the trunk's output").add):
             return model.forward(**kwargs)
     if not perturb:
         return model.forward(**kwargs)
-    noise = _Noise(perturb["embeddings"], "the embeddings")
+    with perturbed(model, perturb, trunk):
+        return model.forward(**kwargs)
+
+
+@contextmanager
+def perturbed(
+    model: nn.Module,
+    perturb: Mapping[str, Tensor | Callable[[Tensor], Tensor]],
+    trunk: TrunkService | None = None,
+) -> Generator[Noise | None]:
+    """While this is open, the input embeddings' output is noised, in any pass of the model.
+
+    Args:
+        perturb: `{"embeddings": δ}`, or nothing.
+        trunk: steps aside meanwhile.
+    Raises:
+        ValueError: another place; or no pass came by the embeddings.
+    """
+    if not perturb:
+        yield None
+        return
+    if set(perturb) != {"embeddings"}:
+        raise ValueError(
+            f"A pass in the place of the plain one is perturbed in the embeddings, not in {list(perturb)}."
+        )
+    noise = Noise(perturb["embeddings"], "the embeddings")
     with ExitStack() as stack:
         if trunk is not None:
             stack.enter_context(trunk.lifted())  # a stored output knows nothing of the noise
         for module in _embeddings(model):
             stack.callback(module.register_forward_hook(noise).remove)
-        output = model.forward(**kwargs)
+        yield noise
     if not noise.used:
         raise ValueError(
             "The input embeddings never ran in this pass, so there was nothing to perturb: the batch gives "
             "`inputs_embeds` itself. Give `input_ids`."
         )
-    return output
 
 
 def _pass_with(
@@ -97,7 +122,7 @@ def forward_with(model: nn.Module, weights: Mapping[str, Tensor]) -> Callable[..
     unknown = [name for name in weights if name not in own]
     if unknown:
         raise ValueError(f"The model has no parameter called {unknown[0]!r}, to compute with another value of it.")
-    if any(isinstance(m, FSDPModule) for m in model.modules()) or any(hasattr(own[name], "ds_id") for name in weights):
+    if is_split(model):
         raise ValueError(
             "A pass with other weights needs a model that is whole on each process, and FSDP or DeepSpeed ZeRO-3 split "
             "this one. Use DDP."
@@ -186,8 +211,14 @@ class DeferredOutput:
         return self._made
 
 
-class _Noise:
-    """Adds δ to a module's output, in fp32; a forward hook."""
+class Noise:
+    """Adds δ to a module's output, in fp32; a forward hook.
+
+    Attributes:
+        delta: what was added last; None before.
+    """
+
+    delta: Tensor | None = None
 
     def __init__(self, delta: Tensor | Callable[[Tensor], Tensor], place: str) -> None:
         self._delta, self._place = delta, place
@@ -199,7 +230,7 @@ class _Noise:
 
     def add(self, output: Tensor) -> Tensor:
         """`output` + δ."""
-        delta = self._delta if isinstance(self._delta, Tensor) else self._delta(output)
+        self.delta = delta = self._delta if isinstance(self._delta, Tensor) else self._delta(output)
         if delta.shape != output.shape:
             raise ValueError(f"δ has shape {tuple(delta.shape)}, {self._place} {tuple(output.shape)}.")
         noised = (output.float() + delta.float()).to(output.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,7 @@ from .safeguards import Safeguards
 from .sampling import order, order_plugin, order_taken_from
 from .saving import THAWED, load_thawed
 from .sharded_resume import check_sharded_resume, load_sharded_weights, rest_stateless
-from .stages import Stage
+from .stages import Stage, arguments_of
 from .step_loss import StepLoss
 from .tasks import infer_task
 from .trainer_checkpoint import SealedCheckpoints
@@ -67,6 +68,11 @@ class Bridge(SealedCheckpoints, Safeguards, TrainerLoss, _Trainer):
             check_adapter(given, args, kwargs)
             check_objective(given, type(self))
             found = find_argument(TrainingArguments, args, kwargs)
+            if found is not None and len(given.stages) == 1:
+                planned = arguments_of(given.stages[0], found)
+                args = tuple(planned if value is found else value for value in args)
+                kwargs = {name: planned if value is found else value for name, value in kwargs.items()}
+                found = planned
             check_arguments(given, found)
             check_values(found, own_optimizer=bool({"optimizers", "optimizer_cls_and_kwargs"} & kwargs.keys()))
         super().__init__(*args, **kwargs)
@@ -103,10 +109,11 @@ class Bridge(SealedCheckpoints, Safeguards, TrainerLoss, _Trainer):
                     f"This method runs in {len(plan.stages)} stages ({', '.join(s.name for s in plan.stages)}), one "
                     "Trainer each: call peft_plus.fit(model, args, train_dataset=…) instead of Trainer.train()."
                 )
-            if first.args:
+            lost = [name for name, value in first.args.items() if getattr(self.args, name, None) != value]
+            if lost:
                 raise MethodError(
-                    f"The stage {first.name!r} sets {', '.join(first.args)}, which Trainer.train() would not use: call "
-                    "peft_plus.fit(model, args, train_dataset=…)."
+                    f"The method sets {', '.join(lost)}, and this Trainer was built without it: give it the model and "
+                    "its TrainingArguments, Trainer(model, args, …), rather than a model_init or no arguments."
                 )
         if plan:
             check_own_schedule(plan, self.stage or plan.stages[0], self.args)
@@ -236,6 +243,7 @@ class Bridge(SealedCheckpoints, Safeguards, TrainerLoss, _Trainer):
             processes=self.accelerator.num_processes,
             watch=not self.is_deepspeed_enabled,  # which updates inside the backward, and copies of its own
             data=self._training_data(),
+            evaluates=str(getattr(self.args.eval_strategy, "value", self.args.eval_strategy)) != "no",
             scratch=Path(self.args.output_dir or ".") / "_trunk",  # a name that the Trainer never uploads
         )
         self._stop_if_told()  # before the checkpoint that it goes on from
@@ -244,7 +252,12 @@ class Bridge(SealedCheckpoints, Safeguards, TrainerLoss, _Trainer):
         def loader(order: Any, rows: int) -> Any:
             return self._get_dataloader(self.train_dataset, "Storing", rows, sampler_fn=lambda _: order)
 
-        return TrainingData(dataset=self.train_dataset, loader=loader, collator=self.data_collator)
+        return TrainingData(
+            dataset=self.train_dataset,
+            loader=loader,
+            collator=self.data_collator,
+            collate=self._get_collator_with_removed_columns(self.data_collator),
+        )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self._engine is None or not self._engine.stopped:
@@ -253,13 +266,25 @@ class Bridge(SealedCheckpoints, Safeguards, TrainerLoss, _Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         self._evaluations += 1
         try:
-            metrics = super().evaluate(*args, **kwargs)
+            with self._evaluating():
+                metrics = super().evaluate(*args, **kwargs)
         finally:
             self._evaluations -= 1
         if self._engine is not None and not self._evaluations:
             self._engine.evaluation_ended()
             self._stop_if_told()
         return metrics
+
+    def _evaluating(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._engine is None else self._engine.evaluating()
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        with self._evaluating():
+            return super().predict(*args, **kwargs)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        with self._evaluating():
+            super().save_model(*args, **kwargs)
 
     def _stop_if_told(self) -> None:
         if self._engine is not None and self._engine.stopped:

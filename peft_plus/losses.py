@@ -78,17 +78,20 @@ def collect(
     return terms
 
 
-def contribution(term: LossTerm, totals: StepTotals) -> Tensor:
+def contribution(term: LossTerm, totals: StepTotals, *, copies: int = 1) -> Tensor:
     """What this micro-batch adds to the loss of its optimizer step, to be backpropagated with no further scaling.
 
     Averaging the gradients of several processes divides by their number, so a sum over processes is multiplied by it
     first; a `per="step"` term is an average already.
+
+    Args:
+        copies: how often each row came in the pass that the term was taken over.
     """
     if term.per == "step":
         return term.sum / totals.micro_batches
     total = totals.labels if term.per == "label" else totals.examples
     assert total is not None
-    return term.sum * (totals.processes / max(total, 1))
+    return term.sum * (totals.processes / max(total, 1) / copies)
 
 
 def mean(term: LossTerm) -> Tensor:

@@ -9,15 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from .hook_values import NEEDS as NEEDS
+from .hook_values import LossTerm as LossTerm
+from .hook_values import Param as Param
+from .hook_values import Part as Part
+from .hook_values import Pass as Pass
+from .hook_values import Unit as Unit
 from .run import Run as Run
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Module
     from torch.utils.data import Sampler
 
     from .stages import Stage
@@ -25,56 +32,6 @@ if TYPE_CHECKING:
 
 API = 1
 """Version of the contract. A plugin written for another version is refused by name, not run by luck."""
-
-Part = Literal["adapter", "base", "head"]
-Unit = Literal["label", "example", "step"]
-
-NEEDS: Mapping[str, str] = {
-    "layers": "trainable parameters in the model's blocks, so that something can be told apart by depth",
-    "body": "something to train beside the head",
-    "new_head": "a task with a freshly initialised head",
-}
-"""What a plugin may put into `needs`, and what each word means."""
-
-
-@dataclass(frozen=True)
-class Param:
-    """One parameter as a plugin sees it.
-
-    Attributes:
-        name: its name in `model.named_parameters()`.
-        shape: its logical shape.
-        depth: 0 = embeddings, 1..L = blocks counted from the input, L + 1 = everything above the last block.
-        part: `adapter` (what the tuner added), `head` (the task's own head) or `base`.
-        quantised: True for packed 4- or 8-bit weights, which can never train.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    depth: int
-    part: Part
-    quantised: bool = False
-
-
-@dataclass(frozen=True)
-class LossTerm:
-    """A summed, already weighted part of the loss, and over how much it was summed.
-
-    The core divides by how many labels or examples the *whole* optimizer step holds (every micro-batch of every
-    process), so a term weighs the same whatever the accumulation, the number of processes and the raggedness of the
-    batches: contribution = Σ sum / N.
-
-    Attributes:
-        sum: scalar tensor, shape (), fp32, with gradient; already multiplied by the plugin's weight.
-        count: over how many labels or examples `sum` runs in this micro-batch (tensor or number, > 0); for the mean in
-            the log. For `per="step"` it is not used.
-        per: the unit, and so which N. `label` = what the task's own loss averages over (tokens for language models),
-            `example` = rows of the batch, `step` = the term counts once per optimizer step.
-    """
-
-    sum: Tensor
-    count: Tensor | int
-    per: Unit = "label"
 
 
 @dataclass(kw_only=True)
@@ -112,6 +69,15 @@ class Plugin:
         """Once, before anything loads: the stages to run, changed or not. Plugins chain, in order."""
         return stages
 
+    def prepare_base(self, model: Module) -> Module:
+        """Once, when the model is built, before the tuner goes in: the base, with other weights in it. Plugins chain.
+
+        Not asked of a skeleton without weights. Random numbers come from torch's global generator, as those of a new
+        head do, so that `set_seed` before `get_model` rules both. Under `attach` it must be the same object. What a
+        reloaded adapter would not find in the base that it is put on must not be changed here: see `needs = ("base",)`.
+        """
+        return model
+
     def on_build(self, run: Run) -> None:
         """Once, when the model is built or attached: look whether the settings fit it.
 
@@ -142,6 +108,16 @@ class Plugin:
         and there is no optimizer yet.
         """
         return True
+
+    def on_stage_begin(self, run: Run) -> None:
+        """When a stage begins, before its first step: where state is set up, and that of an earlier stage thrown away.
+
+        Never when a stage is resumed: then state comes from the checkpoint. Nothing is frozen yet, `run.optimizer`
+        holds all that may train, and weights may be kept.
+
+        Raises:
+            ValueError: a setting does not fit the run, e.g. an evaluation is needed and there is none.
+        """
 
     def may_train(self, run: Run, param: Param) -> bool:
         """Whether `param` trains at `run.step`. Asked at the start and at each update boundary.
@@ -178,9 +154,44 @@ class Plugin:
         """
         return None
 
+    def effective_weight(self, run: Run, param: Param, value: Tensor) -> Tensor:
+        """For each micro-batch: the weight that its passes compute with in the place of `param`. Plugins chain.
+
+        Asked of what trains now. The gradient flows through the answer to the weight itself; evaluations and
+        checkpoints see the weight itself. In place until the micro-batch's backward is done, so that activation
+        checkpointing computes with it again.
+
+        Args:
+            value: the weight, or what a plugin before made of it; with gradient.
+        Returns: the same shape, dtype and device; `value` itself where nothing changes.
+        """
+        return value
+
+    def passes(self, run: Run, batch: Mapping[str, Any]) -> Generator[Pass, Tensor | None, None] | None:
+        """For each micro-batch: the passes to make instead of the plain one, or None for that. One plugin at most.
+
+        A generator. The core makes each pass, with the loss and all terms, and its backward (without an exchange
+        between processes but after the last), and sends back the gradient of that loss with respect to the pass's δ,
+        where it requires one. It must end with a `Pass` that is `final`; `loss_terms` is asked in each.
+        """
+        return None
+
     def loss_terms(self, run: Run, batch: Mapping[str, Any], output: Any) -> Mapping[str, LossTerm]:
         """For each training micro-batch: what to add to the task's loss, by name. Names are unique over plugins."""
         return {}
+
+    def accept_update(self, run: Run, loss: float, norm: float) -> bool:
+        """Once the gradients of a step are whole: whether its update may be made. Plugins must agree.
+
+        False leaves it out: all gradients are dropped, so that neither weights nor moments move; the step counts. What
+        is no finite number ends the run unless a plugin refuses it here. State may change. Not asked under a gradient
+        scaler (fp16), which leaves updates out itself.
+
+        Args:
+            loss: the task's, the mean over the step and all processes.
+            norm: of all gradients, before clipping. Both may be NaN or infinite, and are equal on every process.
+        """
+        return True
 
     def on_pre_optimizer_step(self, run: Run) -> None:
         """Right before each optimizer step, when its gradients are whole: `run.gradient(param)`.
@@ -188,6 +199,35 @@ class Plugin:
         They are averaged over the processes, unscaled and clipped. `lr_scale` is asked after it, and state may change
         here too. Not asked where a gradient scaler skips the update because gradients overflowed.
         """
+
+    def edit_gradient(self, run: Run, param: Param, gradient: Tensor) -> Tensor:
+        """After `on_pre_optimizer_step`: the gradient to update with, in the place of this one. Plugins chain.
+
+        Args:
+            gradient: of `param`, averaged over the processes, unscaled, clipped and whole; not to be changed itself.
+        Returns: the same shape; `gradient` itself where nothing changes.
+        """
+        return gradient
+
+    def moves(self, run: Run, param: Param) -> Tensor | None:
+        """After `edit_gradient`: which elements of `param` may move in this update; None for all. Plugins must agree.
+
+        The others are put back after it bit for bit: decay and momentum would move them, whatever their gradient.
+
+        Returns: bool, the shape of `param`, True = may move.
+        """
+        return None
+
+    def eval_weights(self, run: Run) -> Mapping[str, Tensor] | None:
+        """The weights to evaluate, to save and to end with, in the place of those that train; None for these.
+
+        One plugin at most. Asked at each evaluation (in a Session: within `session.eval_weights()`), for the model
+        files of each checkpoint, and at the end of the stage, where they stay in the model. A resumed run goes on with
+        the weights that train, which checkpoints hold too.
+
+        Returns: name of a parameter → whole tensor, on any device and in any dtype; what is left out stays.
+        """
+        return None
 
     def on_step_end(self, run: Run) -> None:
         """After each optimizer step: where state changes, since checkpoints are written after it.
@@ -250,17 +290,25 @@ class Plugin:
 
 HOOKS: tuple[str, ...] = (
     "plan_stages",
+    "prepare_base",
     "on_build",
     "sampler",
     "ever_trains",
+    "on_stage_begin",
     "may_train",
     "lr_scale",
     "lr_key",
     "next_change",
     "trunk_cache",
+    "effective_weight",
+    "passes",
     "loss_terms",
+    "accept_update",
     "on_pre_optimizer_step",
+    "edit_gradient",
+    "moves",
     "on_step_end",
+    "eval_weights",
     "on_evaluate",
     "state_dict",
     "load_state_dict",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from .layers import Layers
     from .plugin import Param
+    from .run_data import RunData
     from .run_weights import RunWeights
     from .stages import Stage
     from .tasks import Task
@@ -51,6 +52,8 @@ class Run:
             next.
         logged: what `log` was given since the loop's last log line.
         trunk: what keeps the output of the frozen lower blocks, behind `forward(…, perturb={"trunk": δ})`.
+        evaluates: whether the loop evaluates while it trains; None where it cannot be known, as in a Session.
+        data: the stage's data, behind `examples` and `task_gradients`.
         weights: the tensors of `params`, behind `weight`, `gradient`, `keep` and `restore`.
         stop_reasons: what `stop` was given.
     """
@@ -76,6 +79,8 @@ class Run:
     last_metrics: Mapping[str, float] = field(default_factory=dict)
     last_evaluation_step: int | None = None
     logged: dict[str, float] = field(default_factory=dict)
+    evaluates: bool | None = None
+    data: RunData | None = field(default=None, repr=False)
     trunk: TrunkService | None = field(default=None, repr=False)
     weights: RunWeights | None = field(default=None, repr=False)
     stop_reasons: list[str] = field(default_factory=list)
@@ -155,19 +160,23 @@ class Run:
         """
         return self._weights().whole(param.name)
 
-    def keep(self, name: str) -> None:
+    def keep(self, name: str, *, optimizer: bool = False) -> None:
         """Copy the weights of everything in `params` into memory, under a name; what was kept under it is replaced.
 
-        In `on_step_end` and `on_evaluate`. Checkpoints hold the copies; they last as long as the stage.
+        In `on_stage_begin`, `on_step_end` and `on_evaluate`. Checkpoints hold the copies; they last as long as the
+        stage.
+
+        Args:
+            optimizer: copy its state as well, which `restore` then puts back, too. Not where weights are split.
         """
-        self._weights().keep(name)
+        self._weights().keep(name, optimizer=optimizer)
 
     def kept(self, name: str) -> bool:
         """Whether something is kept under that name."""
         return name in self._weights().kept
 
     def restore(self, name: str) -> None:
-        """Put the weights back that `keep` copied, bit for bit, at once. The optimizer's state stays.
+        """Put the weights back that `keep` copied, bit for bit, at once. The optimizer's state stays, unless kept too.
 
         In `on_step_end` and `on_evaluate`.
 
@@ -189,6 +198,34 @@ class Run:
 
         assert self.layers is not None
         return hidden(self.model, self.layers, batch, depth, weights)
+
+    def examples(self, rows: int = 1, *, limit: int | None = None) -> Iterator[Mapping[str, Any]]:
+        """A pass over the stage's training data in their own order, in `on_stage_begin`: batches on the model's device.
+
+        Every process gets every row. It draws no random number that the run would draw.
+
+        Args:
+            rows: of a batch.
+            limit: stop after so many rows; None for all.
+        Raises:
+            ValueError: the data are read as a stream, or the loop does not tell them.
+        """
+        return self._data().batches(rows, limit)
+
+    def task_gradients(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The gradient of the task's own mean loss over a batch, in eval mode: name → tensor, of all in `params`.
+
+        `.grad` stays as it is. In `on_stage_begin`, where nothing is frozen yet.
+
+        Raises:
+            ValueError: the model is split over processes.
+        """
+        return self._data().gradients(batch, [param.name for param in self.params])
+
+    def _data(self) -> RunData:
+        if self.data is None:
+            raise ValueError("run.examples and run.task_gradients belong into on_stage_begin.")
+        return self.data
 
     def mean(self, value: float) -> float:
         """The mean of a number over all processes, equal on each. Every process must call it."""

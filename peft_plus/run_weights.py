@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 
+from .distributed import is_split
 from .proof import Engagement
 
 
@@ -20,6 +25,8 @@ class RunWeights:
         tensors: name → parameter of all that may train in this stage; the ones that the optimizer holds.
     Attributes:
         kept: name → what was kept under it, name of a parameter → a whole copy in memory.
+        kept_states: name → the optimizer's state that was kept with it.
+        optimizer: that of the stage, once it begins.
         refused: why nothing may be kept or put back now; empty where it may.
         watch: sees what moves, and must not take what is put back for training.
     """
@@ -27,6 +34,8 @@ class RunWeights:
     def __init__(self, model: nn.Module, tensors: Mapping[str, nn.Parameter]) -> None:
         self.model, self.tensors = model, tensors
         self.kept: dict[str, dict[str, Tensor]] = {}
+        self.kept_states: dict[str, dict[str, Any]] = {}
+        self.optimizer: Optimizer | None = None
         self.refused = ""
         self.watch: Engagement | None = None
 
@@ -42,9 +51,18 @@ class RunWeights:
     def _tensor(self, name: str) -> nn.Parameter:
         return self.tensors[name] if name in self.tensors else self.model.get_parameter(name)
 
-    def keep(self, name: str) -> None:
+    def keep(self, name: str, *, optimizer: bool = False) -> None:
         """See `Run.keep`."""
         self._check(f"keep({name!r})")
+        self.kept_states.pop(name, None)
+        if optimizer:
+            assert self.optimizer is not None
+            if is_split(self.model):
+                raise RuntimeError(
+                    f"run.keep({name!r}, optimizer=True): FSDP and DeepSpeed keep the optimizer's state in pieces, of "
+                    "which no whole copy is made. Use DDP."
+                )
+            self.kept_states[name] = copy.deepcopy(self.optimizer.state_dict()["state"])
         self.kept[name] = {own: _whole(tensor).to("cpu", copy=True) for own, tensor in self.tensors.items()}
 
     def restore(self, name: str) -> None:
@@ -53,13 +71,17 @@ class RunWeights:
         if name not in self.kept:
             known = ", ".join(map(repr, self.kept)) or "nothing"
             raise ValueError(f"run.restore({name!r}): nothing is kept under that name, but {known}.")
-        if self.watch is None:
-            self._put(self.kept[name])
-        else:
-            with self.watch.rewriting():
-                self._put(self.kept[name])
+        with nullcontext() if self.watch is None else self.watch.rewriting():
+            self.write(self.kept[name])
+        if name in self.kept_states:
+            assert self.optimizer is not None
+            # The groups stay: their rates are the scheduler's.
+            groups = self.optimizer.state_dict()["param_groups"]
+            state = copy.deepcopy(self.kept_states[name])
+            self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
-    def _put(self, kept: Mapping[str, Tensor]) -> None:
+    def write(self, kept: Mapping[str, Tensor]) -> None:
+        """Put whole values into the weights, in place, on every process."""
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # an evaluation may have left whole copies, with which it would compute on

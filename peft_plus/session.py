@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from .engine import Engine
 from .errors import MethodError
 from .loop_watch import LoopWatch
 from .own_schedule import check_named
+from .plugin import Pass
 from .random_state import rng_state, set_rng_state
 from .session_data import SessionData
 from .stages import Stage
@@ -338,30 +340,53 @@ class Session:
             raise MethodError(f"session.loss takes a mapping of the model's arguments, not a {type(batch).__name__}.")
         if loss is None:
             self.data.judge_labels(batch)
+        accumulation = self.accelerator.gradient_accumulation_steps  # by which accelerator.backward will divide
+        self.engine.run.batch, self.engine.run.first_example = batch, self._loss.first_example
+        passes = self.engine.passes(batch)
+        if passes is None:
+            total = self._pass(batch, Pass(), output, loss)
+        elif output is not None or loss is not None:
+            raise MethodError(
+                "session.loss(batch, output=…) or (batch, loss=…): a plugin of this model makes the passes itself. "
+                "Call session.loss(batch), without a pass of your own."
+            )
+        else:
+            total = passes.make(
+                self._pass,
+                backward=lambda part: self.accelerator.backward(part * accumulation),
+                alone=lambda: self.accelerator.no_sync(self.model),
+            )
+        total = total * accumulation
+        if self.step == 0 and accumulation > 1:
+            total.register_hook(self._check_backward)
+        return total
+
+    def _pass(self, batch: Mapping[str, Any], how: Pass, output: Any = None, loss: Tensor | None = None) -> Tensor:
+        """The weighted loss of one pass, with all terms: its share of the step's."""
         if output is None:
             self._ready()
             output = self.model(**batch)
         mean = own_loss(output, batch, self.plan.task.name) if loss is None else loss
+        self._loss.copies = how.copies
         if self._loss.totals is None:
-            total = mean / len(self._window)  # the labels cannot be counted
+            total = mean * how.copies / len(self._window)  # the labels cannot be counted
         else:
             total = self._loss.share(mean, batch)
             if loss is None:
                 total = total - self._loss.router_excess(output, self._loss.weight(batch))
+        if how.copies > 1 or how.weight != 1:
+            total = total * (how.weight / how.copies)
         plugins = self.engine.term_plugins
         self.engine.run.batch = batch
-        self._loss.parts.begin(total)
+        self._loss.parts.begin(total, number=self._loss.done)
         if plugins:
-            terms = self._loss.terms(plugins, self.engine.run, batch, output)
+            terms = self._loss.terms(plugins, self.engine.run, batch, output, weight=how.weight)
             self.engine.check_terms(self._loss.parts, total.device)
             for term in terms:
                 total = total + term
         if not total.requires_grad:
             raise self.engine.no_gradient()
         self.engine.after_forward()
-        total = total * self.accelerator.gradient_accumulation_steps  # by which accelerator.backward will divide
-        if self.step == 0 and self.accelerator.gradient_accumulation_steps > 1:
-            total.register_hook(self._check_backward)
         return total
 
     def _check_backward(self, gradient: Tensor) -> None:
@@ -410,6 +435,18 @@ class Session:
         """
         self.engine.evaluated(metrics)
         self.engine.evaluation_ended()
+
+    def eval_weights(self) -> AbstractContextManager[None]:
+        """A context for an evaluation: within it the model has the weights that a plugin has evaluated, e.g. averages.
+
+        ```python
+        with session.eval_weights():
+            metrics = evaluate(session.model)
+        session.evaluated(metrics)
+        ```
+        Without such a plugin it changes nothing. After the loop the model has them for good.
+        """
+        return self.engine.evaluating()
 
     def logs(self) -> dict[str, float]:
         """Since this was last asked: the task's mean `loss`, the means of the plugins' terms, what the plugins logged.

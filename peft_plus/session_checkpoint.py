@@ -53,7 +53,8 @@ def _write(session: Session, folder: Path, main: bool) -> None:
     if not main:
         return
     model: Any = session.bare_model
-    model.save_pretrained(folder)
+    with session.engine.evaluating():  # no model is split here, so that nobody waits for the others
+        model.save_pretrained(folder)
     scaler = session.accelerator.scaler
     write_state(
         folder / _STATE,

@@ -79,7 +79,7 @@ def fit(
             f"fit(resume_from_checkpoint={resume_from_checkpoint!r}): give True or False. Which stage to go on with, "
             "and from which checkpoint, is found in output_dir."
         )
-    stage_args = [_arguments_of(stage, args, nested=len(plan.stages) > 1) for stage in plan.stages]
+    stage_args = [arguments_of(stage, args, nested=len(plan.stages) > 1) for stage in plan.stages]
     for own in stage_args:  # of all stages, before the first one trains
         check_values(own, own_optimizer=bool({"optimizers", "optimizer_cls_and_kwargs"} & trainer_kwargs.keys()))
     for stage, own in zip(plan.stages, stage_args, strict=True):
@@ -106,13 +106,24 @@ def _last_begun(stage_args: Sequence[TrainingArguments]) -> int | None:
     return last
 
 
-def _arguments_of(stage: Stage, args: TrainingArguments, *, nested: bool) -> TrainingArguments:
+def arguments_of(stage: Stage, args: TrainingArguments, *, nested: bool = False) -> TrainingArguments:
+    """The user's arguments with what a stage changes in them, which is logged.
+
+    Args:
+        nested: whether it writes into a folder of its own.
+    Raises:
+        MethodError: there is no such argument.
+    """
     unknown = [name for name in stage.args if not hasattr(args, name)]
     if unknown:
         raise MethodError(
             f"The stage {stage.name!r} sets {unknown[0]!r}, which {type(args).__name__} does not have."
             f"{nearest(unknown[0], vars(args))}"
         )
+    changed = {name: value for name, value in stage.args.items() if getattr(args, name) != value}
+    if changed:
+        told = ", ".join(f"{name} {getattr(args, name)!r} → {value!r}" for name, value in changed.items())
+        logger.info("The method changes the arguments of the stage %r: %s.", stage.name, told)
     own = copy.copy(args)
     for name, value in stage.args.items():
         setattr(own, name, value)

@@ -34,6 +34,7 @@ class StepLoss:
             means are averaged (`average_tokens_across_devices=False`).
     Attributes:
         done: how many of the step's micro-batches are done.
+        copies: how often the micro-batch's rows come in the pass at work, whose loss is divided by it afterwards.
         parts: what the step is made of, for an error that has to say where it went wrong.
         needs_labels: whether a step without labels trains nothing; a loss of the user's own may do without.
     """
@@ -54,7 +55,7 @@ class StepLoss:
         self._totals = StepTotals(None, None, 1)
         self._uncounted = ""  # why the labels cannot be counted
         self._first_examples: list[int] = []
-        self.done = 0
+        self.done, self.copies = 0, 1
         self.parts = StepParts()
         self.needs_labels = True
         self._unlabelled = 0  # steps in a row without a label, up to the one before the step at work
@@ -154,14 +155,18 @@ class StepLoss:
             factor: by what the model's loss was multiplied since.
         """
         auxiliary = getattr(output, "aux_loss", None)
-        excess = factor - 1 / self._totals.micro_batches
+        excess = factor - self.copies / self._totals.micro_batches
         if auxiliary is None or excess == 0:
             return 0.0
         return excess * _router_coefficient(self._model) * auxiliary
 
-    def terms(self, plugins: Sequence[Plugin], run: Run, batch: Mapping[str, Any], output: Any) -> list[Tensor]:
+    def terms(
+        self, plugins: Sequence[Plugin], run: Run, batch: Mapping[str, Any], output: Any, *, weight: float = 1.0
+    ) -> list[Tensor]:
         """What the plugins add to this micro-batch's loss, each exactly scaled.
 
+        Args:
+            weight: of the pass that gave `output`.
         Raises:
             MethodError: a term counts labels or examples, and the batches have none to count.
         """
@@ -171,7 +176,8 @@ class StepLoss:
             self._check_countable(name, term)
             self._note(name, term)
             self.parts.add(name, term.sum)
-        return [losses.contribution(term, self._totals) for term in terms.values()]
+        shares = [losses.contribution(term, self._totals, copies=self.copies) for term in terms.values()]
+        return shares if weight == 1 else [weight * share for share in shares]
 
     def _check_countable(self, name: str, term: LossTerm) -> None:
         if term.per == "label" and self._totals.labels is None:

@@ -6,6 +6,8 @@ Its methods are called by the Trainer itself.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from .data_columns import columns
 from .errors import DataError, MethodError
 from .forward import FirstPass
 from .losses import scales_by_items
+from .plugin import Pass
 from .step_loss import StepLoss
 
 if TYPE_CHECKING:
@@ -129,24 +132,51 @@ class TrainerLoss(_Trainer):
     ) -> Any:
         if not self._in_step:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch, **kwargs)
-        self._first_pass.begin(inputs)
-        if self._engine is not None:
-            self._engine.before_forward()
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch, **kwargs)
         if self._engine is None:
-            return result
+            self._first_pass.begin(inputs)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch, **kwargs)
+        self._engine.before_forward()
+        self._engine.run.batch, self._engine.run.first_example = inputs, self._step_loss.first_example
+        more = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch, **kwargs}
+        passes = self._engine.passes(inputs)
+        if passes is None:
+            loss, rest = self._pass(self._engine, model, inputs, Pass(), more)
+        else:
+            rest: tuple[Any, ...] = ()
+
+            def one(engine: Engine, batch: Mapping[str, Any], how: Pass) -> Tensor:
+                nonlocal rest
+                loss, rest = self._pass(engine, model, dict(batch), how, more)
+                return loss
+
+            loss = passes.make(
+                partial(one, self._engine),
+                backward=lambda part: self.accelerator.backward(part / self._divisor),
+                alone=lambda: self.accelerator.no_sync(model),
+            )
         self._asked = True
+        return (loss, *rest) if rest else loss
+
+    def _pass(
+        self, engine: Engine, model: nn.Module, inputs: dict[str, Any], how: Pass, more: Mapping[str, Any]
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """The weighted loss of one pass, with all terms, and what else the Trainer class returns with it."""
+        self._first_pass.begin(inputs)
+        self._step_loss.copies = how.copies
+        result = super().compute_loss(model, inputs, **more)
         loss, rest = (result[0], tuple(result[1:])) if isinstance(result, tuple) else (result, ())
-        plugins, batch = self._engine.term_plugins, self._first_pass.batch
-        self._engine.run.batch = batch
-        self._step_loss.parts.begin(loss)
+        if how.copies > 1 or how.weight != 1:
+            loss = loss * (how.weight / how.copies)
+        plugins, batch, parts = engine.term_plugins, self._first_pass.batch, self._step_loss.parts
+        engine.run.batch = batch
+        parts.begin(loss / self._divisor, number=self._step_loss.done)
         if plugins:
-            terms = self._step_loss.terms(plugins, self._engine.run, batch, self._first_pass.output)
-            self._engine.check_terms(self._step_loss.parts, loss.device)
+            terms = self._step_loss.terms(plugins, engine.run, batch, self._first_pass.output, weight=how.weight)
+            engine.check_terms(parts, loss.device)
             for term in terms:
                 loss = loss + term * self._divisor
-        self._engine.after_forward()
-        return (loss, *rest) if rest else loss
+        engine.after_forward()
+        return loss, rest
 
     def _exact_loss_func(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
         """The user's `compute_loss_func`. Where it gives a micro-batch's mean, its exact share of the step."""

@@ -170,7 +170,7 @@ def test_a_session_does_it_too_and_goes_on_bit_identical(stop: int | None, tmp_p
         (
             "on_pre_optimizer_step",
             "keep",
-            r"run\.keep\('x'\): weights are kept and put back in on_step_end and on_eval",
+            r"run\.keep\('x'\): weights are kept and put back in on_stage_begin",
         ),
         (
             "lr_scale",

@@ -27,11 +27,13 @@ class TrainingData:
         dataset: what the rows come from; None where it is not known.
         loader: (order, rows of a batch) → this process's share of the collated batches, on the model's device.
         collator: makes batches of rows.
+        collate: the same, where rows hold columns that no model takes.
     """
 
     dataset: Any = None
     loader: Callable[[Sampler[int], int], Iterable[Mapping[str, Any]]] | None = None
     collator: Any = None
+    collate: Any = None
 
     @property
     def examples(self) -> int | None:
