@@ -35,6 +35,11 @@ if TYPE_CHECKING:
     from .reload import from_pretrained as from_pretrained
     from .saving import load_thawed as load_thawed
     from .schedule import freezing_schedule as freezing_schedule
+    from .seed_runs import Racing as Racing
+    from .seed_runs import SeedRuns as SeedRuns
+    from .seed_runs import Seeds as Seeds
+    from .seed_runs import SuccessiveHalving as SuccessiveHalving
+    from .seed_runs import seeds as seeds
     from .session import Session as Session
     from .stages import Stage as Stage
     from .stages import fit as fit
@@ -64,6 +69,11 @@ _HOMES = {
     "Pass": "plugin",
     "Plugin": "plugin",
     "Run": "plugin",
+    "Racing": "seed_runs",
+    "SeedRuns": "seed_runs",
+    "Seeds": "seed_runs",
+    "SuccessiveHalving": "seed_runs",
+    "seeds": "seed_runs",
     "Session": "session",
     "Stage": "stages",
     "fit": "stages",

@@ -9,8 +9,8 @@ from functools import lru_cache
 from typing import ClassVar
 
 from peft_plus import Run
+from peft_plus.watched_metric import check_patience
 
-from .metric import check_patience
 from .phased import Phased
 from .phases import Phase
 from .select import place

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from peft_plus import Param, Plugin, Run
-
-from .metric import better, check_patience, rises, value_of
+from peft_plus.watched_metric import better, check_patience, rises, value_of
 
 logger = logging.getLogger(__name__)
 

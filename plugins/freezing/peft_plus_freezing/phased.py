@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from peft_plus import Param, Plugin, Run
+from peft_plus.watched_metric import holds, value_of
 
-from .metric import holds, value_of
 from .phases import Phase, Place, place_at
 from .select import any_matches
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from peft_plus.names import nearest
 from peft_plus.settings import check_types
+from peft_plus.watched_metric import better, rises
 
-from .metric import better, rises
 from .select import patterns_of
 
 ENDS = ("steps", "epochs", "patience")

@@ -1,0 +1,184 @@
+"""Results of runs on disk: written whole or not at all, and read again."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import watched_metric
+from ..errors import MethodError
+
+if TYPE_CHECKING:
+    from .report import Comparison, Report
+
+SETTINGS = "seeds.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What one run gave.
+
+    Attributes:
+        number: which run, from 0.
+        seeds: axis → seed.
+        metrics: of the evaluation at its end.
+        evaluations: those while it trained: (optimizer step, metrics).
+        steps, max_steps: optimizer steps that were made, and that the whole run has.
+        finished: whether it ran to its end; False where racing stopped it.
+        seconds, cpu_seconds: of training.
+        majority: share of the largest class in the evaluation's labels; None where that cannot be told.
+        peak_bytes: the largest memory of its process.
+    """
+
+    number: int
+    seeds: Mapping[str, int]
+    metrics: Mapping[str, float]
+    evaluations: Sequence[tuple[int, Mapping[str, float]]] = ()
+    steps: int = 0
+    max_steps: int = 0
+    finished: bool = True
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    majority: float | None = None
+    peak_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedRuns:
+    """The results of one training under many seeds.
+
+    Attributes:
+        results: by number. Those that racing stopped are among them.
+        metric: name of the metric that counts.
+        greater_is_better: whether more of it is better.
+        folder: where the results are.
+    """
+
+    results: tuple[RunResult, ...]
+    metric: str
+    greater_is_better: bool
+    folder: Path | None = field(default=None, compare=False)
+
+    @property
+    def finished(self) -> tuple[RunResult, ...]:
+        """Those that ran to their end."""
+        return tuple(result for result in self.results if result.finished)
+
+    @property
+    def values(self) -> dict[int, float]:
+        """Number of each finished run → the metric that counts."""
+        return {result.number: value_of(result, self.metric) for result in self.finished}
+
+    def report(self, *, majority: float | None = None) -> Report:
+        """Mean, spread, failed runs, with intervals.
+
+        Args:
+            majority: the metric's value at or below which a run has failed, e.g. the share of the largest class; by
+                default the one in the evaluation's labels, for an accuracy.
+        """
+        from .report import report
+
+        return report(self, majority=majority)
+
+    def compare(self, other: SeedRuns) -> Comparison:
+        """This minus `other`, paired by number.
+
+        Raises:
+            ValueError: fewer than two runs have both.
+        """
+        from .report import compare
+
+        return compare(self, other)
+
+    def plot(self, path: str | os.PathLike[str], **others: SeedRuns) -> Path:
+        """Draw every run and the quartiles; `others` beside it, by title. Needs matplotlib.
+
+        Returns: the file.
+        """
+        from .plot import plot
+
+        return plot({self.folder.name if self.folder else "runs": self, **others}, path)
+
+    def save(self, folder: str | os.PathLike[str] | None = None) -> Path:
+        """Write `report.json` and `report.md`.
+
+        Args:
+            folder: by default the one with the results.
+        Returns: the folder.
+        """
+        target = Path(folder) if folder is not None else self.folder
+        if target is None:
+            raise ValueError("runs.save(folder): these runs were read from nowhere, so say where to.")
+        target.mkdir(parents=True, exist_ok=True)
+        made = self.report()
+        write_whole(target / "report.json", json.dumps(made.as_dict(), indent=2) + "\n")
+        write_whole(target / "report.md", made.markdown() + "\n")
+        return target
+
+    @classmethod
+    def load(
+        cls, folder: str | os.PathLike[str], *, metric: str | None = None, greater_is_better: bool | None = None
+    ) -> SeedRuns:
+        """Read what `seeds` wrote into `out`; nothing runs.
+
+        Args:
+            metric, greater_is_better: by default those of that call.
+        """
+        place = Path(folder)
+        if not (place / SETTINGS).is_file():
+            raise MethodError(f"{place} holds no results of peft_plus.seeds: there is no {SETTINGS} in it.")
+        settings = json.loads((place / SETTINGS).read_text(encoding="utf-8"))
+        chosen = metric or settings["metric"]
+        better = settings["greater_is_better"] if metric is None and greater_is_better is None else greater_is_better
+        return cls(
+            results=tuple(read_results(place).values()),
+            metric=chosen,
+            greater_is_better=watched_metric.rises(chosen, better),
+            folder=place,
+        )
+
+
+def value_of(result: RunResult, metric: str) -> float:
+    """The metric of a run; `accuracy` finds `eval_accuracy`.
+
+    Raises:
+        MethodError: it was never logged; says what was.
+    """
+    try:
+        return watched_metric.value_of(result.metrics, metric)
+    except ValueError as error:
+        raise MethodError(f"Run {result.number}: {error} No finished run is lost or made again.") from None
+
+
+def result_file(out: Path, number: int) -> Path:
+    """Where the result of a run is kept."""
+    return out / f"run-{number}.json"
+
+
+def keep_result(out: Path, result: RunResult) -> None:
+    """At once, and whole."""
+    write_whole(result_file(out, result.number), json.dumps(asdict(result)) + "\n")
+
+
+def read_results(out: Path) -> dict[int, RunResult]:
+    """Number → result of every run that gave one."""
+    found: dict[int, RunResult] = {}
+    for file in out.glob("run-*.json"):
+        body: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        body["evaluations"] = tuple((step, metrics) for step, metrics in body["evaluations"])
+        found[body["number"]] = RunResult(**body)
+    return dict(sorted(found.items()))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Written beside its place and renamed into it, so that a kill leaves the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,167 @@
+"""All runs of one training: one after another or in several processes, each result kept at once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import MethodError, TrainingError
+from ..watched_metric import rises
+from .axis import AXES, Axis
+from .call import Call
+from .finish_best import halve, race
+from .one_run import Evaluate, Factory
+from .racing import Racing, SuccessiveHalving
+from .results import SETTINGS, SeedRuns, read_results, value_of, write_whole
+from .several import run_all
+
+logger = logging.getLogger(__name__)
+
+
+def seeds(
+    factory: Factory,
+    n: int = 20,
+    *,
+    metric: str = "eval_loss",
+    greater_is_better: bool | None = None,
+    out: str | os.PathLike[str] = "out/seeds",
+    base: int = 0,
+    vary: Collection[Axis] = AXES,
+    evaluate: Evaluate | None = None,
+    racing: Racing | SuccessiveHalving | None = None,
+    workers: int | Literal["auto"] = 1,
+) -> SeedRuns:
+    """Run one training under many seeds.
+
+    ```python
+    def lora(seeds):
+        model = get_model(base, "lora", task="SEQ_CLS", num_labels=2)
+        return Trainer(model, TrainingArguments(num_train_epochs=3), train_dataset=train, eval_dataset=dev,
+                       compute_metrics=model.peft_plus.task.compute_metrics)
+
+    runs = peft_plus.seeds(lora, n=20, metric="accuracy", out="out/lora")
+    print(runs.report())
+    ```
+
+    Each result is written as soon as it is there. A second call with the same `out` makes only what is missing; an
+    interrupted run goes on from its newest checkpoint, where its arguments save any. Runs that fail are recorded, and
+    the others go on.
+
+    Args:
+        factory: `Seeds` → a Trainer, not yet trained. Torch's, NumPy's and Python's random numbers are seeded with
+            `init` before each call; `output_dir`, `seed` and `data_seed` of its arguments are set here.
+        n: runs, ≥ 2. A later call may ask for more.
+        metric: of the final evaluation, e.g. `accuracy` or `eval_loss`. Another one makes no run anew.
+        greater_is_better: by default less is better of what ends in `loss`, else more.
+        out: folder for results, `run-<number>.json`, and for what runs need meanwhile.
+        base: first seed.
+        vary: the axes on which runs differ, of `init`, `order`, `dropout`; the others keep the seed `base`.
+        evaluate: the trained Trainer → metrics; its `evaluate()` by default.
+        racing: finish only the best; `Racing` needs Trainers of peft_plus, which resume bit by bit.
+        workers: processes, or as many as cores and free memory allow; then factory and `evaluate` must be found by
+            import, as functions of a module are.
+    Returns: the results.
+    Raises:
+        ValueError: an argument is out of its range.
+        MethodError: the factory gives no Trainer; the metric was never logged; `out` holds the runs of another call.
+        TrainingError: runs failed. Finished ones are kept, and calling again goes on.
+    """
+    call = Call(
+        factory=factory,
+        out=Path(out),
+        base=base,
+        vary=tuple(axis for axis in AXES if axis in vary),
+        metric=metric,
+        greater_is_better=rises(metric, greater_is_better),
+        evaluate=evaluate,
+    )
+    _check(call, n, vary, racing, workers)
+    _claim(call, racing)
+    done = {number: result for number, result in read_results(call.out).items() if number < n}
+    if done:
+        logger.info("%s holds %d of %d results; they are not made again.", call.out, len(done), n)
+    if isinstance(racing, SuccessiveHalving):
+        failed = halve(call, racing, n, done)
+    elif isinstance(racing, Racing):
+        failed = race(call, racing, n, done, workers)
+    else:
+        failed = run_all(call, [k for k in range(n) if k not in done], done, workers)
+    results = SeedRuns(
+        results=tuple(done[number] for number in sorted(done)),
+        metric=metric,
+        greater_is_better=call.greater_is_better,
+        folder=call.out,
+    )
+    if failed:
+        raise TrainingError(
+            f"{len(failed)} of {n} runs failed, the first by {next(iter(failed.values()))}. The tracebacks are in "
+            f"{call.out}/run-<number>.error.txt, for {', '.join(map(str, failed))}; {len(done)} results are kept. "
+            "Mend the cause and call again: only what is missing is made."
+        )
+    for result in results.finished:
+        value_of(result, metric)
+    return results
+
+
+def _check(
+    call: Call,
+    n: int,
+    vary: Collection[str],
+    racing: Racing | SuccessiveHalving | None,
+    workers: int | Literal["auto"],
+) -> None:
+    if not callable(call.factory):
+        raise MethodError(f"seeds(factory, …): {call.factory!r} is not callable; give a function: Seeds → Trainer.")
+    if n < 2:
+        raise ValueError(f"n={n}: a spread needs two runs at least.")
+    if call.base < 0:
+        raise ValueError(f"base={call.base}: give a seed ≥ 0.")
+    unknown = set(vary) - set(AXES)
+    if unknown or not vary:
+        raise ValueError(f"vary={tuple(vary)}: give one or more of {', '.join(AXES)}.")
+    if isinstance(racing, Racing) and racing.keep >= n:
+        raise ValueError(f"Racing(keep={racing.keep}) of n={n} runs leaves none out: keep fewer, or start more.")
+    if workers != "auto" and workers < 1:
+        raise ValueError(f"workers={workers}: give a number ≥ 1, or 'auto'.")
+    if workers != 1 and isinstance(racing, SuccessiveHalving):
+        raise ValueError("SuccessiveHalving judges each run by those before it: leave out workers.")
+    if workers != 1:
+        for name, value in (("factory", call.factory), ("evaluate", call.evaluate)):
+            try:
+                pickle.dumps(value)
+            except (pickle.PicklingError, AttributeError, TypeError) as error:
+                raise MethodError(
+                    f"workers={workers!r}: {name} cannot be sent to another process ({error}). Define it at the top "
+                    "level of a module, not inside a function; settings of its own go in by functools.partial."
+                ) from error
+
+
+def _claim(call: Call, racing: Racing | SuccessiveHalving | None) -> None:
+    """Note whose runs `out` holds, or see that they are ours."""
+    factory: Any = call.factory
+    while hasattr(factory, "func"):  # functools.partial
+        factory = factory.func
+    body = {
+        "factory": f"{getattr(factory, '__module__', '')}.{getattr(factory, '__qualname__', type(factory).__name__)}",
+        "base": call.base,
+        "vary": list(call.vary),
+        "racing": repr(racing),
+    }
+    told = {"metric": call.metric, "greater_is_better": call.greater_is_better}
+    file = call.out / SETTINGS
+    if file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        apart = [name for name in body if before.get(name) != body[name]]
+        if apart:
+            name = apart[0]
+            raise MethodError(
+                f"{call.out} holds runs with {name}={before.get(name)!r}, this call has {body[name]!r}. Give another "
+                "out, or delete that folder."
+            )
+    call.out.mkdir(parents=True, exist_ok=True)
+    write_whole(file, json.dumps(body | told, indent=2) + "\n")
