@@ -1,0 +1,67 @@
+"""SWA against the mean of a plain run's weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from peft_plus import MethodError, get_model
+from peft_plus_stability.swa import SWA, take_in
+from tests.models import tiny
+
+from .test_ema import Weights, run
+
+pytestmark = pytest.mark.usefixtures("one_accelerator_at_a_time")
+
+
+@pytest.mark.parametrize(
+    ("every", "start", "collected"), [(1, 0.5, [4, 5, 6]), (2, 0.0, [2, 4, 6]), (4, 0.0, [4, 6]), (1, 0.9, [6])]
+)
+def test_the_end_is_the_mean_of_what_was_collected(
+    every: int, start: float, collected: list[int], tmp_path: Path
+) -> None:
+    weights = Weights()
+    run("lora", tmp_path, [weights])
+    ended = dict(run(["lora", SWA(every=every, start_fraction=start)], tmp_path).model.named_parameters())
+    for name in weights.states[0]:
+        mean = torch.stack([weights.states[step][name].double() for step in collected]).mean(0)
+        assert torch.allclose(ended[name].double(), mean, atol=1e-6), name
+
+
+def test_one_collection_is_the_weights_themselves_bit_for_bit(tmp_path: Path) -> None:
+    plain = run("lora", tmp_path)
+    ended = run(["lora", SWA(every=6, start_fraction=0.0)], tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(plain.model.parameters(), ended.model.parameters(), strict=True))
+
+
+def test_an_epoch_is_a_period(tmp_path: Path) -> None:
+    """4 rows in batches of 2: two steps to an epoch."""
+    weights = Weights()
+    run("lora", tmp_path, [weights], per_device_train_batch_size=2)
+    ended = run(["lora", SWA(start_fraction=0.5)], tmp_path, per_device_train_batch_size=2).model
+    for name, tensor in ended.named_parameters():
+        if name in weights.states[0]:
+            mean = (weights.states[4][name].double() + weights.states[6][name].double()) / 2
+            assert torch.allclose(tensor.double(), mean, atol=1e-6), name
+
+
+def test_a_mean_of_many_is_exact_in_half_precision_too() -> None:
+    draw = torch.Generator().manual_seed(0)
+    values = [torch.randn(5, generator=draw).bfloat16() for _ in range(50)]
+    average = None
+    for number, value in enumerate(values, start=1):
+        average = take_in(average, value, number)
+    assert torch.allclose(average, torch.stack(values).float().mean(0), atol=1e-6)
+
+
+def test_running_statistics_are_refused() -> None:
+    with pytest.raises(MethodError, match="normalises by running statistics"):
+        get_model(tiny("resnet"), ["full", SWA()])
+
+
+@pytest.mark.parametrize(("setting", "value"), [("start_fraction", 1.0), ("start_fraction", -0.1), ("every", 0)])
+def test_a_setting_out_of_range_is_refused(setting: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{setting}="):
+        SWA(**{setting: value})
