@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from peft_plus import LossTerm, Param, Plugin, Run, registry
+from peft_plus import LossTerm, Param, Pass, Plugin, Run, registry
 from peft_plus.cards import Card, card_of
 from peft_plus.plugin import HOOKS, NEEDS
 
@@ -172,7 +172,7 @@ def test_every_word_of_needs_is_documented() -> None:
     assert first_cells(part("Words of `needs`")) == set(NEEDS)
 
 
-@pytest.mark.parametrize("cls", [Run, Param, LossTerm], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", [Run, Param, LossTerm, Pass], ids=lambda cls: cls.__name__)
 def test_everything_a_hook_is_given_is_documented(cls: type) -> None:
     public = {name for name, value in vars(cls).items() if not name.startswith("_") and callable(value)}
     public |= {name for name, value in vars(cls).items() if isinstance(value, property)}
