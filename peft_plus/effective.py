@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .ask import ask
@@ -51,7 +53,7 @@ class EffectiveWeights:
                     self._places.setdefault(ids[id(tensor)], []).append((module, entry))
         self._replaced: list[str] = []
 
-    def put(self, run: Run, trains: Callable[[str], bool]) -> None:
+    def put(self, run: Run) -> None:
         """Ask the plugins, and put what they answer in place; what stood there before is taken out first.
 
         Raises:
@@ -59,11 +61,10 @@ class EffectiveWeights:
         """
         self.take_back()
         for param in run.params if self._plugins else ():
-            if trains(param.name):
-                weight = self._tensors[param.name]
-                value = self._answer(run, param, weight)
-                if value is not weight:
-                    self._set(param.name, value)
+            weight = self._tensors[param.name]
+            value = self._answer(run, param, weight)
+            if value is not weight:
+                self._set(param.name, value)
 
     def take_back(self) -> None:
         """The weights that train stand in the modules again."""
@@ -71,6 +72,12 @@ class EffectiveWeights:
             for module, entry in self._places[name]:
                 module._parameters[entry] = self._tensors[name]
         self._replaced.clear()
+
+    def take_back_with(self, loss: Tensor) -> None:
+        """As `take_back`, as soon as the backward of `loss` is done."""
+        if self._replaced and loss.requires_grad:
+            engine: Any = torch.autograd.Variable._execution_engine
+            loss.register_hook(lambda _: engine.queue_callback(self.take_back))
 
     def _set(self, name: str, value: Tensor) -> None:
         self._replaced.append(name)

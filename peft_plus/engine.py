@@ -37,9 +37,12 @@ from .update_edits import UpdateEdits, accepted
 
 logger = logging.getLogger(__name__)
 
-_BETWEEN_STEPS = ("on_stage_begin", "on_step_end", "on_evaluate")
-"""Events at which weights may be kept and put back: a checkpoint of the step is written after them."""
-_NOT_NOW = "weights are kept and put back in on_stage_begin, on_step_end and on_evaluate alone, where a step is whole."
+_BETWEEN_STEPS = ("on_stage_begin", "on_step_end", "on_evaluate", "on_stage_end")
+"""Events at which weights may be kept and put back: no update is under way."""
+_NOT_NOW = (
+    "weights are kept and put back in on_stage_begin, on_step_end, on_evaluate and on_stage_end alone, where a step is "
+    "whole."
+)
 _COPIES = "DeepSpeed updates copies of its own, which would undo it at the next step. Use DDP or FSDP2."
 
 
@@ -223,11 +226,19 @@ class Engine:
         self.effects.rest()
         if self.trunk is not None:
             self.trunk.rest()
-        self._effective.put(self.run, self.effects.trains)
+        self._effective.put(self.run)
 
     def after_forward(self) -> None:
         """Between all passes of a micro-batch and its backward."""
         self.effects.hold()
+
+    def returns_weights_with(self, loss: Tensor) -> None:
+        """For loops with lines of their own after a backward, e.g. clipping: they find the weights that train.
+
+        Args:
+            loss: what the loop will call the backward of.
+        """
+        self._effective.take_back_with(loss)
 
     def after_backward(self) -> None:
         """After each micro-batch, before the gradients' norm is taken."""
@@ -404,12 +415,17 @@ class Engine:
         Raises:
             EngagementError: a declared group never moved, a frozen tensor did, or a tensor is not finite any more.
         """
-        if not self._finished and self._watch is None:
-            self.eval_weights.stay(self.run)  # under DeepSpeed nothing is watched
-        self._finished = True
-        if self._watch is None:
+        if self._finished:
             return
+        self._finished = True
         watch, self._watch = self._watch, None
+        if watch is not None:  # under DeepSpeed nothing is watched
+            self._compare(watch, save)
+        self.weights.watch = None
+        self._tell("on_stage_end")
+        self.eval_weights.stay(self.run)
+
+    def _compare(self, watch: proof.Engagement, save: Callable[[], str] | None) -> None:
         rows, strays = watch.finish()
         blocks = self.plan.layers.num_blocks
         self.plan.engagement[self.stage.name] = rows
@@ -420,7 +436,6 @@ class Engine:
             if save is None:
                 raise
             raise EngagementError(f"{error} The weights as they are were saved in {save()!r}.") from None
-        self.eval_weights.stay(self.run)
 
     def close(self) -> None:
         """Give the model back as `get_model` made it: every parameter of the plan trainable."""

@@ -25,18 +25,25 @@ PLACES = ("embeddings", "trunk")
 """Where a pass can be perturbed."""
 
 
+class NoiseError(ValueError):
+    """Noise cannot be added as a plugin asks, or would be lost."""
+
+
 def second_pass(
     model: nn.Module,
     batch: Mapping[str, Any],
     perturb: Mapping[str, Tensor | Callable[[Tensor], Tensor]],
     trunk: TrunkService | None = None,
     weights: Mapping[str, Tensor] | None = None,
+    *,
+    labels: bool = False,
 ) -> Any:
     """Run `model` over `batch` again, adding noise inside or with other weights. See `Run.forward`.
 
     Args:
         trunk: keeps the output of the frozen lower blocks, where the run has any. With `weights` it must be that of
             the same batch.
+        labels: whether they stay in the batch.
     """
     unknown = sorted(set(perturb) - set(PLACES))
     if unknown:
@@ -45,7 +52,7 @@ def second_pass(
         raise ValueError("Noise in the embeddings changes the trunk's output: perturb one place in a pass.")
     if perturb and weights is not None:
         raise ValueError("A pass is perturbed or has other weights, not both.")
-    kwargs = _without_labels(model, batch)
+    kwargs = dict(batch) if labels else _without_labels(model, batch)
     if isinstance(model, FSDPModule):
         model.unshard()  # a backward pass since the first pass, e.g. for noise, has split the outermost module again
     if weights is not None:
@@ -81,7 +88,7 @@ def perturbed(
         yield None
         return
     if set(perturb) != {"embeddings"}:
-        raise ValueError(
+        raise NoiseError(
             f"A pass in the place of the plain one is perturbed in the embeddings, not in {list(perturb)}."
         )
     noise = Noise(perturb["embeddings"], "the embeddings")
@@ -92,7 +99,7 @@ def perturbed(
             stack.callback(module.register_forward_hook(noise).remove)
         yield noise
     if not noise.used:
-        raise ValueError(
+        raise NoiseError(
             "The input embeddings never ran in this pass, so there was nothing to perturb: the batch gives "
             "`inputs_embeds` itself. Give `input_ids`."
         )
@@ -232,11 +239,11 @@ class Noise:
         """`output` + δ."""
         self.delta = delta = self._delta if isinstance(self._delta, Tensor) else self._delta(output)
         if delta.shape != output.shape:
-            raise ValueError(f"δ has shape {tuple(delta.shape)}, {self._place} {tuple(output.shape)}.")
+            raise NoiseError(f"δ has shape {tuple(delta.shape)}, {self._place} {tuple(output.shape)}.")
         noised = (output.float() + delta.float()).to(output.dtype)
         if output.dtype in (torch.bfloat16, torch.float16) and _mostly_lost(noised == output, delta != 0):
             size = float(delta.detach().abs().max())
-            raise ValueError(
+            raise NoiseError(
                 f"Noise of size {size:.1e} vanishes in {self._place} in {output.dtype}. Load "
                 "the model in fp32 and train with bf16=True (autocast), or use larger noise."
             )
@@ -257,7 +264,7 @@ def _embeddings(model: nn.Module) -> list[nn.Module]:
     modules = [_own_embeddings(holder) for holder in holders]
     found = list(dict.fromkeys(module for module in modules if isinstance(module, nn.Module)))
     if not found:
-        raise ValueError(f"{type(base).__name__} has no input embeddings to perturb.")
+        raise NoiseError(f"{type(base).__name__} has no input embeddings to perturb.")
     return found
 
 

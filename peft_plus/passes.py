@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .ask import ask, origin_of
 from .compose import Plan
 from .errors import PluginError
-from .forward import perturbed
+from .forward import NoiseError, perturbed
 from .plugin import Pass, Plugin, Run
 from .stages import Stage
 
@@ -68,7 +68,8 @@ class MicroBatchPasses:
             alone: a context in which processes exchange no gradients.
         Returns: the loss of the final pass, to be backpropagated, with the value of the others' added to it.
         Raises:
-            PluginError: the plugin's generator fails, answers with something else, or ends without a final pass.
+            PluginError: the plugin's generator fails, answers with something else, or ends without a final pass; its
+                noise does not fit, or would be lost.
         """
         gradient: Tensor | None = None
         others: Tensor | None = None
@@ -76,6 +77,7 @@ class MicroBatchPasses:
             one = self._next(gradient)
             with ExitStack() as stack:
                 stack.enter_context(nullcontext() if one.final else alone())
+                stack.enter_context(self._own_errors())
                 noise = stack.enter_context(perturbed(self._model, one.perturb, self._run.trunk))
                 part = loss(repeated(self._batch, one.copies), one)
                 if one.final:
@@ -84,6 +86,18 @@ class MicroBatchPasses:
                 others = part.detach() + (0 if others is None else others)
                 backward(part)
             gradient = None if noise is None or noise.delta is None else noise.delta.grad
+
+    @contextmanager
+    def _own_errors(self) -> Generator[None]:
+        """What is wrong with the noise is told under the plugin's name."""
+        try:
+            yield
+        except NoiseError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> PluginError:
+        label = f"plugin {self._plugin.name!r} ({origin_of(self._plugin)})"
+        return PluginError(f"{label} failed in passes at step {self._run.step}: {type(error).__name__}: {error}")
 
     def _next(self, gradient: Tensor | None) -> Pass:
         label = f"plugin {self._plugin.name!r} ({origin_of(self._plugin)})"
@@ -94,9 +108,7 @@ class MicroBatchPasses:
                 f"{label}: its passes ended without a final one: yield Pass(…, final=True) last."
             ) from None
         except Exception as error:
-            raise PluginError(
-                f"{label} failed in passes at step {self._run.step}: {type(error).__name__}: {error}"
-            ) from error
+            raise self._failed(error) from error
         if not isinstance(one, Pass) or one.copies < 1:
             raise PluginError(f"{label}: its passes gave {one!r}; expected a Pass with copies ≥ 1.")
         return one

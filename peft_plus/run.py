@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_COPY = 1 << 40
+"""More than a step has examples: what the numbers of one more copy begin with."""
+
 
 @dataclass(kw_only=True)
 class Run:
@@ -45,6 +48,7 @@ class Run:
         seed: seed of every random stream.
         batch: the micro-batch being worked on, with the labels.
         first_example: position, within the whole optimizer step over all processes, of this batch's first row.
+        copies: how often the rows of `batch` come in it, one whole batch after another.
         batch_size: rows of one micro-batch of one process; 0 before the loop has made its loader.
         processes: how many processes share an optimizer step.
         last_metrics: what the last evaluation returned.
@@ -52,6 +56,7 @@ class Run:
             next.
         logged: what `log` was given since the loop's last log line.
         trunk: what keeps the output of the frozen lower blocks, behind `forward(…, perturb={"trunk": δ})`.
+        tokenizer: in `task_data`: what made tokens of the data; None where it is not known.
         evaluates: whether the loop evaluates while it trains; None where it cannot be known, as in a Session.
         data: the stage's data, behind `examples` and `task_gradients`.
         weights: the tensors of `params`, behind `weight`, `gradient`, `keep` and `restore`.
@@ -74,11 +79,13 @@ class Run:
     seed: int = 0
     batch: Mapping[str, Any] = field(default_factory=dict)
     first_example: int = 0
+    copies: int = 1
     batch_size: int = 0
     processes: int = 1
     last_metrics: Mapping[str, float] = field(default_factory=dict)
     last_evaluation_step: int | None = None
     logged: dict[str, float] = field(default_factory=dict)
+    tokenizer: Any = field(default=None, repr=False)
     evaluates: bool | None = None
     data: RunData | None = field(default=None, repr=False)
     trunk: TrunkService | None = field(default=None, repr=False)
@@ -101,6 +108,7 @@ class Run:
         *,
         perturb: Mapping[str, Tensor | Callable[[Tensor], Tensor]] | None = None,
         weights: Mapping[str, Tensor] | None = None,
+        labels: bool = False,
     ) -> Any:
         """One more pass of the model over `batch`, in the same autocast and train mode as the first.
 
@@ -113,6 +121,7 @@ class Run:
             weights: name of a parameter → tensor to compute with in its place, on any device and in any dtype; there
                 is no gradient then. Where they agree with the model's own up to the highest frozen block, its output
                 is shared with the pass before.
+            labels: whether the model gets them, so that its output has the mean loss that `task.loss` reads.
         Returns: the model's output.
         Raises:
             ValueError: the place to perturb is unknown, was never reached, or δ is lost in the embeddings' dtype; a
@@ -123,13 +132,13 @@ class Run:
         trunk = self.trunk
         if weights is not None and batch is not self.batch:
             trunk = None  # it keeps that of the micro-batch at work
-        return second_pass(self.model, batch, perturb or {}, trunk, weights)
+        return second_pass(self.model, batch, perturb or {}, trunk, weights, labels=labels)
 
     def generator(self, *key: int | str, device: Any = "cpu") -> Generator:
         """A random stream that depends only on the seed, the stage, the step and `key`.
 
         Equal on every process and after a resume. For noise by example, put the example's position in the step into
-        the key: `run.generator("r3f", run.first_example + row)`.
+        the key: `run.generator("r3f", run.example(row))`.
         """
         import torch
 
@@ -137,6 +146,17 @@ class Run:
         text = "\x1f".join(map(str, (self.seed, stage, self.step, *key)))
         seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
         return torch.Generator(device=device).manual_seed(seed)
+
+    def example(self, row: int) -> int:
+        """The number of the example in a row of `batch`: its position in the optimizer step, over all processes.
+
+        So it is the same on one process and on several. Where a pass has copies of the batch (`Pass.copies`), each has
+        numbers of its own.
+        """
+        from .step_loss import number_of_rows
+
+        rows = max(1, number_of_rows(self.batch) // self.copies)
+        return self.first_example + row % rows + (row // rows) * _COPY
 
     def log(self, **values: float) -> None:
         """Hand numbers to the loop's own log; they appear with its next line."""
@@ -178,7 +198,7 @@ class Run:
     def restore(self, name: str) -> None:
         """Put the weights back that `keep` copied, bit for bit, at once. The optimizer's state stays, unless kept too.
 
-        In `on_step_end` and `on_evaluate`.
+        In `on_step_end`, `on_evaluate` and `on_stage_end`.
 
         Raises:
             ValueError: nothing is kept under that name.

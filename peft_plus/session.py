@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +33,8 @@ from .session_data import SessionData
 from .stages import Stage
 from .step_loss import StepLoss
 from .tasks.base import own_loss
+
+logger = logging.getLogger(__name__)
 
 
 class Session:
@@ -97,6 +100,12 @@ class Session:
         self._after_save: Any = None
         plan = _plan_of(model)
         self.stage = _stage_of(plan, stage)
+        if self.stage.args:
+            logger.warning(
+                "The method sets arguments that a Trainer would take from it, and your own loop must follow: %s. They "
+                "belong into Session(…), session.optimizer(…), session.scheduler(…) and what the loop does itself.",
+                ", ".join(f"{name}={value!r}" for name, value in self.stage.args.items()),
+            )
         if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
             raise MethodError(
                 f"Session does not drive {accelerator.distributed_type.value}, which owns optimizer and backward "
@@ -341,7 +350,8 @@ class Session:
         if loss is None:
             self.data.judge_labels(batch)
         accumulation = self.accelerator.gradient_accumulation_steps  # by which accelerator.backward will divide
-        self.engine.run.batch, self.engine.run.first_example = batch, self._loss.first_example
+        run = self.engine.run
+        run.batch, run.first_example, run.copies = batch, self._loss.first_example, 1
         passes = self.engine.passes(batch)
         if passes is None:
             total = self._pass(batch, Pass(), output, loss)
@@ -357,6 +367,7 @@ class Session:
                 alone=lambda: self.accelerator.no_sync(self.model),
             )
         total = total * accumulation
+        self.engine.returns_weights_with(total)
         if self.step == 0 and accumulation > 1:
             total.register_hook(self._check_backward)
         return total

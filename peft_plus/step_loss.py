@@ -170,7 +170,7 @@ class StepLoss:
         Raises:
             MethodError: a term counts labels or examples, and the batches have none to count.
         """
-        run.batch, run.first_example = batch, self.first_example
+        run.batch, run.first_example, run.copies = batch, self.first_example, self.copies
         terms = losses.collect(plugins, run, batch, output, self.parts.owners)
         for name, term in terms.items():
             self._check_countable(name, term)

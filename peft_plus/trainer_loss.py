@@ -135,8 +135,8 @@ class TrainerLoss(_Trainer):
         if self._engine is None:
             self._first_pass.begin(inputs)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch, **kwargs)
-        self._engine.before_forward()
-        self._engine.run.batch, self._engine.run.first_example = inputs, self._step_loss.first_example
+        run = self._engine.run
+        run.batch, run.first_example, run.copies = inputs, self._step_loss.first_example, 1
         more = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch, **kwargs}
         passes = self._engine.passes(inputs)
         if passes is None:
@@ -161,6 +161,7 @@ class TrainerLoss(_Trainer):
         self, engine: Engine, model: nn.Module, inputs: dict[str, Any], how: Pass, more: Mapping[str, Any]
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """The weighted loss of one pass, with all terms, and what else the Trainer class returns with it."""
+        engine.before_forward()
         self._first_pass.begin(inputs)
         self._step_loss.copies = how.copies
         result = super().compute_loss(model, inputs, **more)

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, default_data_collator
 from peft_plus import LossTerm, Plugin, PluginError, Session, get_model
 
 from .bad_inputs import rows, same, trainer, weights
-from .consistency import Grab, distance, model_and_batch, sampler_order, trainer_of
+from .consistency import Grab, distance, gradients, model_and_batch, sampler_order, trainer_of
 from .models import rows_of, tiny
 
 pytestmark = pytest.mark.usefixtures("one_accelerator_at_a_time")
@@ -147,6 +147,32 @@ def test_a_session_gives_the_trainers_gradients_and_an_evaluation_in_its_body_se
     assert distance(weights(again), weights(model)) < 1e-6
 
 
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_between_backward_and_step_a_loop_finds_the_weights_that_train(reentrant: bool | None) -> None:
+    """Else clipping would leave out their gradients."""
+    model, data = model_and_batch("bert", "SEQ_CLS")
+    if reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model = get_model(model, ["full", Scaled()])
+    session = Session(model, Accelerator(cpu=True, gradient_accumulation_steps=2), max_steps=2)
+    optimizer = session.optimizer(torch.optim.SGD, lr=0.1)
+    loader = session.loader(rows_of(data), 2, shuffle=False, collate_fn=default_data_collator)
+    for micro_batch in session.batches(loader):
+        with session.accelerator.accumulate(session.model):
+            loss = session.loss(micro_batch)
+            assert not all(isinstance(p, torch.nn.Parameter) for p in model.parameters())
+            session.accelerator.backward(loss)
+            assert all(isinstance(p, torch.nn.Parameter) for p in model.parameters())
+            if session.accelerator.sync_gradients:
+                norm = session.accelerator.clip_grad_norm_(session.model.parameters(), 1e-3)
+                own = torch.stack([gradient.square().sum() for gradient in gradients(model).values()]).sum().sqrt()
+                assert norm is not None
+                assert norm > 1e-2
+                assert float(own) == pytest.approx(1e-3, rel=1e-2)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
 def test_a_tied_weight_is_exchanged_wherever_it_stands(tmp_path: Path) -> None:
     @dataclass(kw_only=True)
     class Embeddings(Plugin):
@@ -171,3 +197,35 @@ def test_a_tied_weight_is_exchanged_wherever_it_stands(tmp_path: Path) -> None:
 def test_a_wrong_answer_is_told(tmp_path: Path) -> None:
     with pytest.raises(PluginError, match=r"effective_weight returned \(1, 32\) torch.float32 on cpu for .*; expected"):
         gradients_of(["full", Scaled(shape=True)], tmp_path, "bert", "SEQ_CLS")
+
+
+@dataclass(kw_only=True)
+class HeadLater(Plugin):
+    """The head is frozen in the first step."""
+
+    name: ClassVar[str] = "head_later"
+
+    def may_train(self, run, param):
+        return run.step > 0 or param.part != "head"
+
+
+@dataclass(kw_only=True)
+class ScaledHead(Plugin):
+    name: ClassVar[str] = "scaled_head"
+
+    def effective_weight(self, run, param, value):
+        assert value.requires_grad == (run.step > 0 or param.part != "head")
+        return 0.5 * value if param.part == "head" and len(param.shape) > 1 else value
+
+
+def test_a_frozen_weight_is_exchanged_too(tmp_path: Path) -> None:
+    expected, data = model_and_batch("bert", "SEQ_CLS")
+    with torch.no_grad():
+        expected.get_parameter("classifier.weight").mul_(0.5)
+        loss = float(expected(**data).loss)
+    model = get_model(model_and_batch("bert", "SEQ_CLS")[0], ["full", HeadLater(), ScaledHead()])
+    before = model.get_parameter("classifier.weight").detach().clone()
+    run = trainer_of(model, rows_of(data), tmp_path, max_steps=2, logging_strategy="steps", logging_steps=1)
+    run.train()
+    assert run.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-5)
+    assert not torch.equal(model.get_parameter("classifier.weight"), before)

@@ -105,7 +105,7 @@ def test_weighted_passes_add_up_and_the_gradient_on_the_noise_comes_back(
         got, run, _ = trained([plugin], rows_of(shuffled), tmp_path, model, **accumulated(rows, micro_batches))
         loss = run.state.log_history[-1]["train_loss"]
     else:
-        got, loss = in_session(plugin, shuffled, micro_batches, model)
+        got, loss = in_session([plugin], shuffled, micro_batches, model)
     expected, size = made(rows)[0], rows // micro_batches
     total = torch.zeros(())
     wanted: list[Tensor] = []
@@ -125,8 +125,10 @@ def test_weighted_passes_add_up_and_the_gradient_on_the_noise_comes_back(
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(plugin.received, wanted, strict=True))
 
 
-def in_session(plugin: Plugin, data: dict[str, Tensor], micro_batches: int, model: nn.Module) -> tuple[Any, float]:
-    model = get_model(model, ["full", plugin])
+def in_session(
+    plugins: list[Plugin], data: dict[str, Tensor], micro_batches: int, model: nn.Module
+) -> tuple[Any, float]:
+    model = get_model(model, ["full", *plugins])
     session = Session(model, Accelerator(cpu=True, gradient_accumulation_steps=micro_batches), max_steps=1)
     optimizer = session.optimizer(torch.optim.SGD, lr=1e-3)
     rows = rows_of(data)
@@ -195,3 +197,28 @@ def test_the_loss_of_several_passes_counts_as_that_of_one_micro_batch(tmp_path: 
         model.get_input_embeddings().weight[data["input_ids"][0, 0]] = 1e38
     with pytest.raises(peft_plus.TrainingError, match="in the batch, rows 1 to 4 of the step"):
         trainer_of(model, rows_of(data), tmp_path, max_steps=1).train()
+
+
+@dataclass(kw_only=True)
+class Halved(Plugin):
+    """Computes with half of each matrix in the blocks."""
+
+    name: ClassVar[str] = "halved"
+
+    def effective_weight(self, run, param, value):
+        return 0.5 * value if len(param.shape) > 1 and 1 <= param.depth <= run.num_blocks else value
+
+
+@pytest.mark.parametrize("loop", ["trainer", "session"])
+def test_each_pass_has_weights_of_its_own_to_go_back_through(loop: str, tmp_path: Path) -> None:
+    """Three passes in equal parts are the plain one, also where all compute with other weights."""
+    data = model_and_batch("bert", "SEQ_CLS", rows=8)[1]
+    parts = [Pass(weight=1 / 3, final=final) for final in (False, False, True)]
+    got = []
+    for passes in ([Pass()], parts):
+        plugins = [passing(passes), Halved()]
+        if loop == "session":
+            got.append(in_session(plugins, data, 2, made()[0])[0])
+        else:
+            got.append(trained(plugins, rows_of(data), tmp_path, made()[0], **accumulated(8, 2))[0])
+    assert distance(got[1], got[0]) < 1e-6

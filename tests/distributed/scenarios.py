@@ -124,6 +124,13 @@ NOISE = {"eps": 0.3, "weight": 1.0}
 WORST = {"eps": 0.3, "step_size": 0.2, "sigma": 0.2, "ema": 0.5}
 ALL = {"lora": LORA, "gradual_unfreeze": UNFREEZE, "llrd": {"decay": 0.7}, "r3f": NOISE}
 TRUNK = {"freeze": {"blocks": 2}, "trunk_cache": {}}
+STEADY = {
+    "freelb": {"step_size": 0.3, "init_magnitude": 1.0},
+    "child_tuning": {},
+    "clip": {"percentile": 50.0},
+    "ema": {"decay": 0.5},
+}
+GUARDED = {"swa": {"every": 3, "start_fraction": 0.0}, "loss_guard": {}, "l2_sp": {}}
 QUIET = {name: settings for name, settings in ALL.items() if name != "r3f"}
 
 SCENARIOS: dict[str, Scenario] = {
@@ -183,6 +190,10 @@ SCENARIOS: dict[str, Scenario] = {
     "noise at the trunk": Scenario(
         {"lora": LORA, "freeze": {"blocks": 1}, "r3f": {**NOISE, "at": "trunk"}}, bound=1e-5
     ),
+    "stability": Scenario({"lora": LORA, "mixout": {}, "l2_sp": {}, **STEADY}, rows=64, accumulation=2, exact=True),
+    "stability, full": Scenario({"full": {}, "r_drop": {}, "token_cutoff": {"share": 0.4}, **GUARDED}, exact=True),
+    "stability, AdamW": Scenario({"lora": LORA, **STEADY}, adamw=True, exact=True),
+    "r4f": Scenario({"lora": LORA, "r4f": NOISE}, exact=True),
     "lp_ft": Scenario({"lora": LORA, "lp_ft": {"probe_epochs": 0.5, "probe_lr": 0.05}}, stages=True),
     "sft": Scenario(ALL, model="llama", task="CAUSAL_LM", accumulation=2, rows=64, exact=True),
     "dpo": Scenario(QUIET, model="llama", task="CAUSAL_LM", accumulation=2, rows=64, checkpointing=True, exact=True),

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_plus import Pass, Plugin, Run
 
@@ -23,7 +23,8 @@ class FreeLB(Plugin):
     Over K passes, loss = Σₜ L(f(e + δₜ)) / K (Zhu et al. 2020, arXiv:1909.11764, algorithm 1). δ₀ is drawn for each
     example from U(−1, 1) · init_magnitude / √(tokens · width), in fp32, at real tokens; then δₜ₊₁ = δₜ + step_size ·
     g / ‖g‖, g being the gradient of the loss with respect to δₜ, ‖·‖ the Frobenius norm over an example's tokens. Each
-    pass's backward gives g and the gradient of the weights at once.
+    pass's backward gives g and the gradient of the weights at once. All passes of a micro-batch see the same draw of
+    dropout, as in the authors' code, so that they ascend on one function.
 
     Costs K forward and backward passes. With `steps=2` and `init_magnitude=0` half of the loss is the plain one and
     half that of one adversarial step (Miyato et al. 2017, arXiv:1605.07725).
@@ -64,13 +65,15 @@ class FreeLB(Plugin):
 
     def _ascent(self, run: Run, batch: Mapping[str, Any]) -> Generator[Pass, Tensor | None, None]:
         rows = next(len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim())
-        place = _Place(partial(self._draw, run, batch, rows))
-        for step in range(self.steps):
-            final = step == self.steps - 1
-            gradient = yield Pass(perturb={"embeddings": place}, weight=1 / self.steps, final=final)
-            if not final:
-                assert gradient is not None
-                place.delta = ascend(place.delta, gradient, rows=rows, step_size=self.step_size, max_norm=self.max_norm)
+        place = _Place(partial(self._draw, run, batch, rows), ascends=self.steps > 1)
+        states = random_states(run.model)
+        for left in reversed(range(self.steps)):
+            gradient = yield Pass(perturb={"embeddings": place}, weight=1 / self.steps, final=left == 0)
+            if gradient is None:
+                raise ValueError("the loss has no gradient at the input embeddings, so no noise raises it.")
+            delta = ascend(place.delta, gradient, rows=rows, step_size=self.step_size, max_norm=self.max_norm)
+            place.delta = delta.requires_grad_(left > 1)  # the last one is not followed by another
+            set_random_states(states)
 
     def _draw(self, run: Run, batch: Mapping[str, Any], rows: int, embeddings: Tensor) -> Tensor:
         stream = partial(_stream, run)
@@ -81,17 +84,23 @@ class FreeLB(Plugin):
 
 
 class _Place:
-    """δ as a pass asks for it: drawn by the first one, which alone knows its shape."""
+    """δ as a pass asks for it: drawn by the first one, which alone knows its shape.
+
+    A plugin's own forward within the pass gets the same tensor, so that its share is in the gradient, too.
+
+    Args:
+        draw: embeddings → δ₀.
+        ascends: whether a gradient on δ₀ is wanted.
+    """
 
     delta: Tensor
 
-    def __init__(self, draw: Callable[[Tensor], Tensor]) -> None:
-        self._draw = draw
+    def __init__(self, draw: Callable[[Tensor], Tensor], *, ascends: bool) -> None:
+        self._draw, self._ascends = draw, ascends
 
     def __call__(self, embeddings: Tensor) -> Tensor:
         if not hasattr(self, "delta"):
-            self.delta = self._draw(embeddings)
-        self.delta = self.delta.detach().requires_grad_()
+            self.delta = self._draw(embeddings).requires_grad_(self._ascends)
         return self.delta
 
 
@@ -118,11 +127,29 @@ def ascend(delta: Tensor, gradient: Tensor, *, rows: int, step_size: float, max_
     Returns: as `delta`, without gradient.
     """
     flat, g = delta.detach().reshape(rows, -1), gradient.float().reshape(rows, -1)
-    moved = flat + step_size * g / g.norm(dim=1, keepdim=True).clamp(min=torch.finfo(g.dtype).tiny)
+    smallest = torch.finfo(g.dtype).tiny
+    g = g / g.abs().amax(1, keepdim=True).clamp(min=smallest)  # its squares would be 0 where it is small
+    moved = flat + step_size * g / g.norm(dim=1, keepdim=True).clamp(min=smallest)
     if max_norm is not None:
         moved = moved * (max_norm / moved.norm(dim=1, keepdim=True).clamp(min=max_norm))
     return moved.view_as(delta)
 
 
+def random_states(model: nn.Module) -> Mapping[torch.device, Tensor]:
+    """The states of the generators that draw the model's dropout, of the CPU and of every device that it is on."""
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type not in ("cpu", "meta")}
+    there = {device: torch.get_device_module(device).get_rng_state(device) for device in devices}
+    return {torch.device("cpu"): torch.get_rng_state(), **there}
+
+
+def set_random_states(states: Mapping[torch.device, Tensor]) -> None:
+    """Put back what `random_states` gave."""
+    for device, state in states.items():
+        if device.type == "cpu":
+            torch.set_rng_state(state)
+        else:
+            torch.get_device_module(device).set_rng_state(state, device)
+
+
 def _stream(run: Run, row: int, text: int, device: torch.device) -> torch.Generator:
-    return run.generator("freelb", run.first_example + row, text, device=device)
+    return run.generator("freelb", run.example(row), text, device=device)

@@ -61,8 +61,8 @@ class R3F(Plugin):
         other = run.task.logits(run.forward(batch, perturb={self.at: draw}), batch)
         count = run.task.count(batch)
         distance = mean_distance(clean, other, run.task.distribution)
-        return {"r3f": LossTerm(self.weight * distance * count, count, per="label")}
+        return {self.name: LossTerm(self.weight * distance * count, count, per="label")}
 
 
 def _stream(run: Run, row: int, text: int, device: torch.device) -> torch.Generator:
-    return run.generator("r3f", run.first_example + row, text, device=device)
+    return run.generator("r3f", run.example(row), text, device=device)

@@ -159,4 +159,4 @@ def _copy(weight: Tensor) -> Tensor:
 
 
 def _stream(run: Run, row: int, text: int, device: torch.device) -> torch.Generator:
-    return run.generator("smart", run.first_example + row, text, device=device)
+    return run.generator("smart", run.example(row), text, device=device)
