@@ -29,7 +29,7 @@ from .names import nearest
 if TYPE_CHECKING:
     from .describe import Description, Setting
 
-KINDS: dict[str, registry.Kind] = {"tuners": "tuner", "plugins": "plugin", "tasks": "task"}
+KINDS: dict[str, registry.Kind] = {"tuners": "tuner", "plugins": "plugin", "tasks": "task", "tools": "tool"}
 """What the user writes → the registry's word; also the order in which they are listed."""
 
 PROSE = 34
@@ -74,10 +74,10 @@ def _options(
 
 @app.command("list")
 def list_names(
-    kind: Annotated[str | None, typer.Argument(help="Only tuners, plugins or tasks.", show_default=False)] = None,
+    kind: Annotated[str | None, typer.Argument(help="Tuners, plugins, tasks or tools.", show_default=False)] = None,
     as_json: JSON = False,
 ) -> None:
-    """List the tuners, plugins and tasks that are installed."""
+    """List the tuners, plugins, tasks and tools that are installed."""
     found: dict[str, list[registry.Entry]] = {}
     errors: list[str] = []
     for title in _titles(kind):
@@ -97,10 +97,10 @@ def list_names(
 
 @app.command()
 def info(
-    name: Annotated[str, typer.Argument(help="Name of a tuner, plugin or task.", show_default=False)],
+    name: Annotated[str, typer.Argument(help="Name of a tuner, plugin, task or tool.", show_default=False)],
     as_json: JSON = False,
 ) -> None:
-    """Explain one tuner, plugin or task: what it does, its settings, and what was measured."""
+    """Explain one tuner, plugin, task or tool: what it does, its settings, and what was measured."""
     # Importing PEFT imports bitsandbytes, which reports kernels that it could not find; nothing here uses them.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from .describe import describe

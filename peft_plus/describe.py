@@ -76,9 +76,11 @@ def describe(name: str) -> Description:
         MethodError: nothing installed is called so; names the nearest match.
         PluginError: it does not import or breaks the contract.
     """
-    entry = registry.find(name, ("task", "tuner", "plugin"))
+    entry = registry.find(name, ("task", "tuner", "plugin", "tool"))
     if entry.kind == "tuner":
         return _tuner(entry)
+    if entry.kind == "tool":
+        return _tool(entry)
     cls = registry.load(entry)
     common = _described(entry, entry.target, paragraphs_of(cls), settings_of(cls))
     return _plugin(entry, common, cls) if entry.kind == "plugin" else common
@@ -97,6 +99,28 @@ def _plugin(entry: Entry, common: Description, cls: type[Plugin]) -> Description
         conflicts=cls.conflicts,
         after=cls.after,
         source=cls.source,
+        verdict=" ".join(card.texts.get("Measured verdict", "").split()),
+        card=card.place,
+    )
+
+
+def _tool(entry: Entry) -> Description:
+    """A function with its parameters."""
+    function, card = registry.load(entry), card_of(entry)
+    meanings = items(sections(function.__doc__ or "").get("Args", ""))
+    settings = tuple(
+        Setting(
+            one.name,
+            type_text(one.annotation),
+            None if one.default is one.empty else one.default,
+            one.default is one.empty,
+            meanings.get(one.name, ""),
+        )
+        for one in inspect.signature(function).parameters.values()
+    )
+    return dataclasses.replace(
+        _described(entry, entry.target, paragraphs_of(function), settings),
+        source=" ".join(card.texts.get("Source", "").split()),
         verdict=" ".join(card.texts.get("Measured verdict", "").split()),
         card=card.place,
     )
@@ -220,8 +244,8 @@ def items(section: str) -> dict[str, str]:
     return found
 
 
-def paragraphs_of(cls: type[Any]) -> tuple[str, ...]:
-    """The class's own description, each paragraph on one line; code stays as it is."""
+def paragraphs_of(cls: Any) -> tuple[str, ...]:
+    """A class's or function's own description, each paragraph on one line; code stays as it is."""
     body = sections(vars(cls).get("__doc__") or "")[""]
     if body.startswith(f"{cls.__name__}("):  # what `dataclass` writes where there is no docstring
         return ()

@@ -63,9 +63,11 @@ class EpochData(Keyed, Dataset[Any]):
     def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any], *, seed: int, rank: int = 0) -> None:
         super().__init__(seed=seed, rank=rank)
         self._dataset, self._collate = dataset, collate
+        self._told: int | None = None  # the epoch that the dataset knows of
 
     def set_epoch(self, epoch: int) -> None:
-        """For a dataset that wants to know it; Accelerate calls this."""
+        """For a dataset that wants to know it. Accelerate calls this, but not under each of its loaders."""
+        self._told = epoch
         if hasattr(self._dataset, "set_epoch"):
             self._dataset.set_epoch(epoch)
 
@@ -83,6 +85,8 @@ class EpochData(Keyed, Dataset[Any]):
 
     def __getitems__(self, indices: Sequence[int]) -> Any:
         epoch, first, made = self._next()
+        if self._told != epoch:  # workers that outlive an epoch have a copy of the dataset that nobody else reaches
+            self.set_epoch(epoch)
         worker = get_worker_info()  # each has its own copy of this object, and every n-th batch
         place = first + (worker.id + made * worker.num_workers if worker else made)
         with seeded(*self._key, epoch, place):

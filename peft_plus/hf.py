@@ -36,6 +36,7 @@ from .safeguards import Safeguards
 from .sampling import order, order_plugin, order_taken_from
 from .saving import THAWED, load_thawed
 from .sharded_resume import check_sharded_resume, load_sharded_weights, rest_stateless
+from .stage_data import StageData, data_taken_from, stage_data
 from .stages import Stage, arguments_of
 from .step_loss import StepLoss
 from .tasks import infer_task
@@ -60,6 +61,8 @@ class Bridge(SealedCheckpoints, Safeguards, TrainerLoss, _Trainer):
     _hook: Any = None
     _order: Any = None
     _order_taken: bool = False
+    _stage_data: StageData | None = None
+    _data_taken: bool = False
     _evaluations: int = 0  # under way; one of several datasets makes one for each
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -132,11 +135,46 @@ class Bridge(SealedCheckpoints, Safeguards, TrainerLoss, _Trainer):
             self._hook = None
 
     def get_train_dataloader(self) -> Any:
-        self._order, self._order_taken = self._planned_order(), False
-        loader, plan = super().get_train_dataloader(), plan_of(self.model)
+        plan, given = plan_of(self.model), self.train_dataset
+        data = self._stage_data = self._planned_data()
+        self._data_taken = self._order_taken = False
+        self.train_dataset = data.dataset  # the loader's rows and length, and what the order is of
+        try:
+            self._order = self._planned_order()
+            loader = super().get_train_dataloader()
+        finally:
+            self.train_dataset = given
         if plan is not None and self._order is not None and not self._order_taken:
             raise order_taken_from(plan, type(self))
+        if plan is not None and data.dataset is not given and not self._data_taken:
+            raise data_taken_from(plan, self.stage or plan.stages[0], type(self))
         return loader
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        self._data_taken |= self._stage_data is not None and dataset is self._stage_data.dataset
+        return super()._get_dataloader(dataset, *args, **kwargs)
+
+    def _planned_data(self) -> StageData:
+        plan = plan_of(self.model)
+        if plan is None or self.train_dataset is None:
+            return StageData(self.train_dataset)
+        return stage_data(
+            plan,
+            self.stage or plan.stages[0],
+            self.model,
+            self.train_dataset,
+            tokenizer=self.processing_class or plan.task.tokenizer,
+            **self._data_start,
+        )
+
+    @property
+    def _data_start(self) -> dict[str, int]:
+        """What plugins that set data or order know of where the stage begins."""
+        return {
+            "seed": self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            "batch_size": self._rows,
+            "processes": self.accelerator.num_processes,
+        }
 
     @property
     def _rows(self) -> int:
@@ -155,9 +193,7 @@ class Bridge(SealedCheckpoints, Safeguards, TrainerLoss, _Trainer):
             stage,
             self.model,
             self.train_dataset,
-            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
-            batch_size=self._rows,
-            processes=self.accelerator.num_processes,
+            **self._data_start,
         )
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
@@ -249,11 +285,14 @@ class Bridge(SealedCheckpoints, Safeguards, TrainerLoss, _Trainer):
         self._stop_if_told()  # before the checkpoint that it goes on from
 
     def _training_data(self) -> TrainingData:
+        data = self._stage_data or StageData(self.train_dataset)
+
         def loader(order: Any, rows: int) -> Any:
-            return self._get_dataloader(self.train_dataset, "Storing", rows, sampler_fn=lambda _: order)
+            return self._get_dataloader(data.dataset, "Storing", rows, sampler_fn=lambda _: order)
 
         return TrainingData(
-            dataset=self.train_dataset,
+            dataset=data.dataset,
+            redrawn_by=data.redrawn_by,
             loader=loader,
             collator=self.data_collator,
             collate=self._get_collator_with_removed_columns(self.data_collator),

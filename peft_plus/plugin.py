@@ -88,6 +88,23 @@ class Plugin:
             ValueError: a setting does not fit this model, e.g. a block past its depth, a pattern that matches nothing.
         """
 
+    def task_data(self, run: Run, dataset: Any) -> Any:
+        """Once in each stage, when the loop makes its loader: the data to train on, changed or not. Plugins chain.
+
+        Before each epoch the loop calls `set_epoch(epoch)` of what is returned, in worker processes too, where it has
+        one: a row may depend on that, its index and `run.seed` alone, or no resumed run could find it again. A
+        trunk cache refuses data that have it; data around others hand it on. They may be pickled for worker processes,
+        so they hold no `run`, which stands where the stage begins: `step` is 0, and there is no optimizer yet.
+        Evaluations never see them.
+
+        Args:
+            dataset: the user's training data, with all their columns, or what a plugin before made of them.
+        Returns: the same object where nothing changes; else data of the same kind, with a length and access by index.
+        Raises:
+            ValueError: a setting does not fit the data.
+        """
+        return dataset
+
     def sampler(self, run: Run, dataset: Any) -> Sampler[int] | None:
         """Once in each stage, when the loop makes its loader: the order of the data, or None for the loop's own.
 
@@ -157,12 +174,13 @@ class Plugin:
     def effective_weight(self, run: Run, param: Param, value: Tensor) -> Tensor:
         """For each micro-batch: the weight that its passes compute with in the place of `param`. Plugins chain.
 
-        Asked of what trains now. The gradient flows through the answer to the weight itself; evaluations and
-        checkpoints see the weight itself. In place until the micro-batch's backward is done, so that activation
-        checkpointing computes with it again.
+        Asked of all in `run.params`, also while it is frozen: `value` requires a gradient where it trains now, and the
+        answer for one that does not must stay the same until it does, since what frozen blocks put out may be stored.
+        The gradient flows through the answer to the weight itself; evaluations and checkpoints see the weight itself.
+        In place until the micro-batch's backward is done, so that activation checkpointing computes with it again.
 
         Args:
-            value: the weight, or what a plugin before made of it; with gradient.
+            value: the weight, or what a plugin before made of it.
         Returns: the same shape, dtype and device; `value` itself where nothing changes.
         """
         return value
@@ -242,6 +260,12 @@ class Plugin:
         written after it.
         """
 
+    def on_stage_end(self, run: Run) -> None:
+        """When a stage has ended, and what moved in it was compared with what was declared: weights may be put back.
+
+        No checkpoint is written after it; a run that is resumed at its end asks again. `eval_weights` comes after it.
+        """
+
     def state_dict(self) -> Mapping[str, Any]:
         """What a checkpoint keeps of this plugin: plain values and tensors. By default every `field(init=False)`."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.init}
@@ -292,6 +316,7 @@ HOOKS: tuple[str, ...] = (
     "plan_stages",
     "prepare_base",
     "on_build",
+    "task_data",
     "sampler",
     "ever_trains",
     "on_stage_begin",
@@ -310,6 +335,7 @@ HOOKS: tuple[str, ...] = (
     "on_step_end",
     "eval_weights",
     "on_evaluate",
+    "on_stage_end",
     "state_dict",
     "load_state_dict",
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import inspect
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,13 +22,15 @@ from .errors import MethodError, PluginError
 from .names import nearest
 from .plugin import API, Plugin
 
-Kind = Literal["plugin", "tuner", "task"]
+Kind = Literal["plugin", "tuner", "task", "tool"]
 
 GROUPS: Mapping[Kind, str] = {
     "plugin": "peft_plus.plugins",
     "tuner": "peft_plus.tuners",
     "task": "peft_plus.tasks",
+    "tool": "peft_plus.tools",
 }
+"""What there is by name → its entry-point group. A tool is a function of its own, beside training: `model soups`."""
 
 CORE_TUNERS: Mapping[str, str] = {
     "full": "Every parameter of the base model trains; saves and reloads with plain transformers.",
@@ -48,7 +51,7 @@ class Entry:
 
     Attributes:
         name: what the user writes.
-        kind: `plugin`, `tuner` or `task`.
+        kind: `plugin`, `tuner`, `task` or `tool`.
         distribution: the installed distribution that provides it, with its `version`.
         target: `module:attribute`, or an empty string for what is not an entry point.
         summary: one line, read from the source's docstring without importing it.
@@ -110,7 +113,7 @@ def find(name: str, kinds: Iterable[Kind]) -> Entry:
     raise MethodError(f"No installed {what} is called {name!r}.{fix} `peft-plus list` shows what there is.")
 
 
-def load(entry: Entry) -> type[Any]:
+def load(entry: Entry) -> Any:
     """Import what an entry points to, and check that it keeps the contract.
 
     Raises:
@@ -127,6 +130,9 @@ def load(entry: Entry) -> type[Any]:
         ) from error
     if entry.kind == "plugin":
         check_plugin_class(loaded, entry)
+    elif entry.kind == "tool":
+        if not inspect.isfunction(loaded):
+            raise PluginError(f"The tool {entry.name!r} of {entry.origin} is {loaded!r}, not a function.")
     elif not (isinstance(loaded, type) and dataclasses.is_dataclass(loaded)):
         expected = {"tuner": "the dataclass of a PEFT config", "task": "a dataclass, a subclass of peft_plus.Task"}
         raise PluginError(
@@ -186,8 +192,34 @@ FIRST_PARTY: Mapping[str, str] = {
     "smart": "peft-plus-stability",
     "lp_ft": "peft-plus-probing",
     "length_buckets": "peft-plus-incremental",
+    "child_tuning": "peft-plus-stability",
+    "clip": "peft-plus-stability",
+    "early_stop": "peft-plus-stability",
+    "eda": "peft-plus-stability",
+    "ema": "peft-plus-stability",
+    "freelb": "peft-plus-stability",
+    "l2_sp": "peft-plus-stability",
+    "loss_guard": "peft-plus-stability",
+    "low_lr": "peft-plus-stability",
+    "lr_patterns": "peft-plus-stability",
+    "mixout": "peft-plus-stability",
+    "mosbach": "peft-plus-stability",
+    "neftune": "peft-plus-stability",
+    "noisy_tune": "peft-plus-stability",
+    "plateau": "peft-plus-stability",
+    "r4f": "peft-plus-stability",
+    "r_drop": "peft-plus-stability",
+    "reinit_top": "peft-plus-stability",
+    "swa": "peft-plus-stability",
+    "token_cutoff": "peft-plus-stability",
+    "warm_restarts": "peft-plus-stability",
 }
 """Plugins of this project that may not be installed, so that an error can name the distribution."""
+
+FIRST_PARTY_TOOLS: Mapping[str, str] = {
+    "soup": "peft-plus-stability",
+}
+"""Its tools, likewise."""
 
 
 @lru_cache(maxsize=1)
@@ -223,7 +255,7 @@ def _summary(target: str) -> str:
     except (OSError, SyntaxError, ValueError, PluginError):
         return ""
     for node in tree.body:
-        if isinstance(node, ast.ClassDef) and node.name == attribute:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == attribute:
             return _first_line(ast.get_docstring(node))
     return ""
 

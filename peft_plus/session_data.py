@@ -19,6 +19,7 @@ from .epoch_data import Keyed, StreamCollate, check_settings, epoch_loader
 from .errors import DataError, MethodError
 from .named_rows import Collate, Rows, hands_on
 from .sampling import order
+from .stage_data import StageData, stage_data
 from .stage_start import check_without_epochs
 from .stages import Stage
 from .trunk import TrainingData
@@ -33,7 +34,7 @@ class SessionData:
         seed: of their order and of random collators.
     Attributes:
         batch_size: rows of a micro-batch of one process; 0 before there is a loader.
-        examples: rows, or None where the data have no length.
+        examples: rows of the user's data, or None where they have no length.
         steps_per_epoch: optimizer steps; 0 where the data have no length, or there is no loader yet.
         sample: a digest of some rows; see `data_sample`.
     """
@@ -47,6 +48,7 @@ class SessionData:
         self._keyed: Keyed | None = None
         self._sampler: Any = None
         self._rows: Rows | None = None
+        self._data = StageData(None)
         self._collate: Collate | None = None
         self._own_collate: Callable[[list[Any]], Any] | None = None  # without what looks at the rows
         self._judged = False  # whether the labels were compared with what the model takes
@@ -76,27 +78,24 @@ class SessionData:
             raise DataError("The training data are empty: session.loader was given a dataset without rows.")
         self.batch_size, self.sample = batch_size, data_sample(dataset)
         sized = hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
-        self._rows = Rows(dataset, "dataset") if sized else None
+        self.examples = len(dataset) if sized else None  # type: ignore[arg-type]
+        start = {"seed": self._seed, "batch_size": batch_size, "processes": self._accelerator.num_processes}
         ids = limits_of(self._model, self._plan.task, own_loss=True)  # the labels may be meant for your own loss
         collate, accelerator = collate_fn or self._default_collate(), self._accelerator
         self._own_collate = collate
         if hands_on(collate):
             check_columns(dataset, ids, "dataset")
+        plan, stage, model = self._plan, self._stage, self._model
+        self._data = stage_data(plan, stage, model, dataset, tokenizer=plan.task.tokenizer, **start)
+        dataset = self._data.dataset
+        self._rows = Rows(dataset, "dataset") if sized else None
         collate = self._collate = Collate(collate, ids, self._rows, "dataset")
-        wanted = order(
-            self._plan,
-            self._stage,
-            self._model,
-            dataset,
-            seed=self._seed,
-            batch_size=batch_size,
-            processes=accelerator.num_processes,
-        )
+        wanted = order(plan, stage, model, dataset, **start)
         if self._rows is None:
             check_settings(settings)
             if max_steps is None:
                 raise MethodError("The data have no length, so epochs cannot be counted: give Session max_steps=.")
-            check_without_epochs(self._plan, self._stage, self._model, max_steps)
+            check_without_epochs(plan, stage, model, max_steps)
             self._keyed = StreamCollate(collate, seed=self._seed, rank=accelerator.process_index)
             return accelerator.prepare(DataLoader(dataset, batch_size, collate_fn=self._keyed, **settings))
         loader = epoch_loader(
@@ -109,7 +108,7 @@ class SessionData:
             rank=accelerator.process_index,
             **settings,
         )
-        self._keyed, self._sampler, self.examples = loader.dataset, loader.sampler, len(dataset)  # type: ignore[assignment]
+        self._keyed, self._sampler = loader.dataset, loader.sampler  # type: ignore[assignment]
         prepared = accelerator.prepare(loader)
         self.steps_per_epoch = math.ceil(len(prepared) / accelerator.gradient_accumulation_steps)
         return prepared
@@ -134,7 +133,7 @@ class SessionData:
                 batch = collate([dataset[row] for row in places[start : start + rows]])
                 yield send_to_device(batch, accelerator.device)
 
-        return TrainingData(dataset=dataset, loader=loader, collator=collate)
+        return TrainingData(dataset=dataset, loader=loader, collator=collate, redrawn_by=self._data.redrawn_by)
 
     def begin(self, loader: Any, epoch: int, first: int) -> None:
         """Before `loader` is iterated in an epoch, from its micro-batch number `first` on."""

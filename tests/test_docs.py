@@ -24,6 +24,7 @@ CARDS = sorted(ROOT.glob("plugins/*/*/cards/*.md"))
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *READMES, *CARDS]
 CONTRACT = (ROOT / "docs" / "contract.md").read_text(encoding="utf-8")
 PLUGINS = {name: registry.load(registry.entries("plugin")[name]) for name in registry.FIRST_PARTY}
+TOOLS = {name: registry.load(registry.entries("tool")[name]) for name in registry.FIRST_PARTY_TOOLS}
 HEADINGS = [
     "Claim",
     "Source",
@@ -187,7 +188,7 @@ def test_everything_a_hook_is_given_is_documented(cls: type) -> None:
 
 
 def found(name: str) -> Card:
-    return card_of(registry.entries("plugin")[name])
+    return card_of(registry.find(name, ("plugin", "tool")))
 
 
 def card(name: str) -> dict[str, str]:
@@ -199,10 +200,12 @@ def test_every_plugin_of_this_repository_is_known() -> None:
     mine = {n: e.distribution for n, e in registry.entries("plugin").items() if e.target.startswith("peft_plus_")}
     here = {f"peft-plus-{folder.name}" for folder in ROOT.glob("plugins/*") if (folder / "pyproject.toml").is_file()}
     assert {n: home for n, home in mine.items() if home in here} == dict(registry.FIRST_PARTY)
+    tools = {n: e.distribution for n, e in registry.entries("tool").items() if e.distribution in here}
+    assert tools == dict(registry.FIRST_PARTY_TOOLS)
 
 
 def test_every_card_is_found_under_its_title_and_linked_from_the_readme() -> None:
-    assert sorted(CARDS) == sorted(Path(found(name).place) for name in PLUGINS)
+    assert sorted(CARDS) == sorted(Path(found(name).place) for name in [*PLUGINS, *TOOLS])
     for path in CARDS:
         package = path.parent.parent
         readme = (package.parent / "README.md").read_text(encoding="utf-8")
@@ -210,7 +213,7 @@ def test_every_card_is_found_under_its_title_and_linked_from_the_readme() -> Non
         assert f"| [`{path.stem}`]({package.name}/cards/{path.name}) |" in readme
 
 
-@pytest.mark.parametrize("name", PLUGINS)
+@pytest.mark.parametrize("name", [*PLUGINS, *TOOLS])
 def test_card_has_every_heading_and_text_below_it(name: str) -> None:
     assert list(card(name)) == HEADINGS
     assert all(card(name).values())
@@ -226,14 +229,20 @@ def test_settings_of_a_card_are_those_of_the_class(name: str) -> None:
     assert {setting: ast.literal_eval(default) for setting, default, _ in rows if default} == defaults
 
 
+@pytest.mark.parametrize("name", TOOLS)
+def test_settings_of_a_tools_card_are_its_parameters(name: str) -> None:
+    rows = re.findall(r"^\| `(\w+)` \|", card(name)["Settings"], re.MULTILINE)
+    assert set(rows) == set(inspect.signature(TOOLS[name]).parameters)
+
+
 @pytest.mark.parametrize("name", PLUGINS)
 def test_card_cites_what_the_class_cites(name: str) -> None:
-    papers = re.findall(r"arXiv:[\d.]*\d", PLUGINS[name].source)
+    papers = re.findall(r"arXiv:[\d.]*\d|doi:[\w./-]*\w", PLUGINS[name].source)
     assert papers or card(name)["Source"].startswith("No paper.")
     assert [paper for paper in papers if paper not in card(name)["Source"]] == []
 
 
-@pytest.mark.parametrize("name", PLUGINS)
+@pytest.mark.parametrize("name", [*PLUGINS, *TOOLS])
 def test_oracle_of_a_card_is_a_test_that_exists(name: str) -> None:
     path = re.search(r"`(plugins/[\w/]+\.py)`", card(name)["Oracle"])
     assert path is not None

@@ -48,11 +48,42 @@ FREEZING: dict[str, dict[str, Any]] = {
     "slanted_triangular": {},
     "trunk_cache": {},
 }
-"""Plugins, with settings that let a run of four steps show what they do; one of each area, and all of freezing."""
+STABILITY: dict[str, dict[str, Any]] = {
+    "smart": {"eps": 0.1},
+    "r4f": {"eps": 0.1},
+    "freelb": {},
+    "r_drop": {},
+    "neftune": {},
+    "token_cutoff": {"share": 0.3},
+    "l2_sp": {},
+    "mixout": {},
+    "ema": {"decay": 0.5},
+    "swa": {"every": 1, "start_fraction": 0.0},
+    "child_tuning": {},
+    "clip": {},
+    "loss_guard": {},
+    "early_stop": {"patience": 1},
+    "plateau": {},
+    "warm_restarts": {},
+    "mosbach": {"learning_rate": 1e-2},
+    "low_lr": {"pretrained": 1e-3, "adapter": 1e-3, "head": 1e-3},
+    "lr_patterns": {"patterns": {"weight|default": 2.0}},
+    "eda": {"special_ids": [0, 1, 2]},
+    "noisy_tune": {},
+    "reinit_top": {},
+}
+"""Plugins, with settings that let a run of four steps show what they do; one of each area, and all of two of them."""
+
+EVALUATED = {"early_stop", "plateau"}
+"""Those that need evaluations."""
 
 PRECISIONS = ("fp32", "nf4", "int8")
 
 REASONS = {
+    "B": (
+        "keeps the base as it was loaded",
+        "the plugin changes base weights, which this tuner's adapter is saved without",
+    ),
     "C": (
         "on a CPU int8 weights lose their scales",
         "PEFT's DoRA reads the base weights, and on a CPU int8 weights lose their scales thereby",
@@ -61,10 +92,12 @@ REASONS = {
         "trainable parameters in the model's blocks",
         "the plugin tells parameters apart by depth; here all lie at one",
     ),
+    "E": ("lie at the tokens or depend on them", "other tokens would need other labels"),
     "H": (
         "needs something to train beside the head",
         "`linear_probe` trains the head alone, so there is no second stage",
     ),
+    "M": ("no matrix that trains would mix", "the head does not mix unless told to"),
     "N": ("matches nothing that trains", "nothing that the tuner trains lies there"),
     "T": ("in front of the blocks", "what the tuner trains changes the output of every block in each step"),
     "P": ("a freshly initialised head", "the task keeps its pretrained head, so there is nothing to probe first"),
@@ -121,6 +154,21 @@ EXPECTED: dict[str, dict[str, str]] = {
             full           fp32       +     +       +            +           +     +           +          +                  +         +                  +                   +            +
         """,  # noqa: E501
     },
+    "stability": {
+        "SEQ_CLS": """
+            tuner          precision  none  smart  r4f  freelb  r_drop  neftune  token_cutoff  l2_sp  mixout  ema  swa  child_tuning  clip  loss_guard  early_stop  plateau  warm_restarts  mosbach  low_lr  lr_patterns  eda  noisy_tune  reinit_top  together
+            lora           fp32,nf4   +     +      +    +       +       +        +             +      +       +    +    +             +     +           +           +        +              +        +       +            +    B           B           +
+            ia3            fp32       +     +      +    +       +       +        +             +      +       +    +    +             +     +           +           +        +              +        +       +            +    B           B           +
+            prompt_tuning  fp32       +     +      +    +       +       +        +             +      +       +    +    +             +     +           +           +        +              +        +       +            +    B           B           +
+            linear_probe   fp32       +     +      +    +       +       +        +             +      M       +    +    H             +     +           +           +        +              +        +       +            +    B           B           H
+            full           fp32       +     +      +    +       +       +        +             +      +       +    +    +             +     +           +           +        +              +        +       +            +    +           +           +
+        """,  # noqa: E501
+        "CAUSAL_LM": """
+            tuner          precision  none  smart  r4f  freelb  r_drop  neftune  token_cutoff  l2_sp  mixout  ema  swa  child_tuning  clip  loss_guard  early_stop  plateau  warm_restarts  mosbach  low_lr  lr_patterns  eda  noisy_tune  reinit_top  together
+            lora           fp32       +     +      P    +       +       +        +             +      +       +    +    +             +     +           +           +        +              +        +       +            E    B           B           +
+            full           fp32       +     +      P    +       +       +        +             +      +       +    +    +             +     +           +           +        +              +        +       +            E    +           +           +
+        """,  # noqa: E501
+    },
 }
 """Page's part → task → its table: `+` works, letters are reasons of a refusal (the first is what the error says)."""
 
@@ -130,10 +178,15 @@ HEADS = {"SEQ_CLS": "classifier", "CAUSAL_LM": "lm_head"}
 
 ULMFIT = ("gradual_unfreeze", "discriminative_lr", "slanted_triangular")
 
-PARTS = {"across": (ACROSS, "all that fit"), "freezing": (FREEZING, "ULMFiT: all three")}
+STEADY = ("child_tuning", "freelb", "l2_sp", "mixout", "ema", "clip")
+PARTS = {
+    "across": (ACROSS, "all that fit"),
+    "freezing": (FREEZING, "ULMFiT: all three"),
+    "stability": (STABILITY, "six together"),
+}
 """Page's part → its plugins, and the last column, in which several are at work."""
 
-PLUGINS = ACROSS | FREEZING
+PLUGINS = ACROSS | FREEZING | STABILITY
 
 
 @dataclass(frozen=True)
@@ -166,8 +219,8 @@ def rows(part: str, task: str) -> list[tuple[str, tuple[str, ...], list[str]]]:
 
 def together(part: str, outcomes: list[str]) -> tuple[str, ...]:
     """What is at work in the last column."""
-    if part == "freezing":
-        return ULMFIT
+    if part in ("freezing", "stability"):
+        return ULMFIT if part == "freezing" else STEADY
     return tuple(p for p, outcome in zip(ACROSS, outcomes[1:], strict=False) if outcome in ("+", "C", "Q"))
 
 
@@ -266,7 +319,10 @@ def test_works(cell: Cell, bases: dict[str, Path], tmp_path: Path) -> None:
         disable_tqdm=True,
         use_cpu=True,
     )
-    outputs = fit(model, args, train_dataset=examples(cell))
+    if EVALUATED.intersection(cell.plugins):
+        args.eval_strategy, args.eval_steps = "steps", 1
+        args.__post_init__()
+    outputs = fit(model, args, train_dataset=examples(cell), eval_dataset=examples(cell))
     assert len(outputs) == 1 + ("lp_ft" in cell.plugins)
     assert all(math.isfinite(output.training_loss) for output in outputs)
     moved = {name for name, t in model.named_parameters() if not torch.equal(t, before[name])}
@@ -296,8 +352,8 @@ def test_every_cell_is_in_the_table() -> None:
     assert len(CELLS) == len({str(cell) for cell in CELLS})
     across = [cell for cell in CELLS if cell.column in columns("across")]
     assert len(across) == 2 * 9 * len(columns("across")) * len(PRECISIONS)
-    freezing = {name for name, home in FIRST_PARTY.items() if home == "peft-plus-freezing"}
-    assert freezing <= PLUGINS.keys()
+    homes = {"peft-plus-freezing", "peft-plus-stability"}
+    assert {name for name, home in FIRST_PARTY.items() if home in homes} <= PLUGINS.keys()
 
 
 def test_page_says_what_was_found() -> None:
@@ -318,10 +374,11 @@ def page() -> str:
         "",
         *(f"- **{letter}**: {text}." for letter, (_, text) in REASONS.items()),
         "",
+        f"*Six together*: {', '.join(f'`{name}`' for name in STEADY)}.",
         "*All that fit* is the tuner with every plugin that has a ✓ in its row. `trunk_cache` stands beside",
         "`freeze` where that can freeze anything: where everything trains there is nothing to store.",
     ]
-    headings = {"across": "", "freezing": ": freezing"}
+    headings = {"across": "", "freezing": ": freezing", "stability": ": stability"}
     for part, heading in headings.items():
         for task, title in kinds.items():
             names = columns(part)

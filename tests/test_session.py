@@ -628,6 +628,16 @@ def test_several_stages_need_a_name() -> None:
     assert session.stage.train == "head"
 
 
+def test_what_the_method_would_set_for_a_trainer_is_told_once(caplog: Any) -> None:
+    with caplog.at_level(logging.WARNING, logger="peft_plus"):
+        Session(built("lora"), accelerator(), epochs=1)
+        assert caplog.text == ""
+        Session(built({"lora": {}, "warm_restarts": {"cycles": 2}}), accelerator(), epochs=1)
+    (record,) = caplog.records
+    assert "your own loop must follow: lr_scheduler_type='cosine_with_restarts', lr_scheduler_kwargs=" in record.message
+    assert "{'num_cycles': 2}" in record.message
+
+
 def backward_only(session: Session, loader: Any, then: Callable[[], object] = lambda: None) -> None:
     for data in session.batches(loader):
         session.accelerator.backward(session.loss(data))

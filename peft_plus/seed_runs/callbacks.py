@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 from transformers import TrainerCallback
 
-from ..errors import MethodError
+from .results import evaluations_in, values_on_the_way
 
 
 class StopAtFraction(TrainerCallback):
-    """Evaluates, saves and stops after a fraction of all steps.
+    """Saves and stops after a fraction of all steps, ⌈fraction · steps⌉, as transformers counts `eval_steps=0.3`.
+
+    It does not evaluate: what an evaluation tells plugins would change the course of the run.
 
     Args:
         fraction: in (0, 1).
@@ -23,35 +26,34 @@ class StopAtFraction(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The Trainer's event."""
         if state.global_step >= math.ceil(self._fraction * state.max_steps):
-            control.should_save = control.should_evaluate = control.should_training_stop = True
+            control.should_save = control.should_training_stop = True
 
 
 class Prunes(TrainerCallback):
-    """Tells an Optuna trial each evaluation, and stops where it prunes.
+    """Tells an Optuna trial each evaluation before the last step, and stops the run where it prunes.
 
     Args:
         trial: Optuna's.
-        metric: what it is told.
+        metric: what it is told; `accuracy` finds `eval_accuracy`.
+        known: numbers of the evaluations that it was told of before the run was interrupted.
     Attributes:
         pruned: whether it stopped the run.
-        told: how many evaluations it was told of.
+        told: how many evaluations the trial was told of. Their numbers, from 1, are its steps.
     """
 
-    def __init__(self, trial: Any, metric: str) -> None:
-        self._trial, self._metric = trial, metric
+    def __init__(self, trial: Any, metric: str, known: Collection[int] = ()) -> None:
+        self._trial, self._metric, self._known = trial, metric, known
         self.pruned, self.told = False, 0
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **told: Any) -> None:
-        """The Trainer's event."""
-        if state.global_step >= state.max_steps or self.pruned:
-            return  # it has made all its steps
-        metrics = told.get("metrics") or {}
-        value = metrics.get(self._metric, metrics.get(f"eval_{self._metric}"))
-        if value is None:
-            raise MethodError(
-                f"metric={self._metric!r} is not among what the evaluation returned: {', '.join(sorted(metrics))}."
-            )
-        self.told += 1
-        self._trial.report(float(value), self.told)
-        if self._trial.should_prune():
-            self.pruned = control.should_training_stop = True
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The Trainer's event: once for each of several evaluation sets."""
+        # From the log, where a resumed run finds its earlier evaluations too.
+        values = values_on_the_way(evaluations_in(state.log_history), self._metric, state.max_steps)
+        while self.told < len(values) and not self.pruned:
+            self.told += 1
+            if self.told not in self._known:
+                self._trial.report(values[self.told - 1], self.told)
+            if self.told >= max(self._known, default=0):  # the interruption may have come before the verdict
+                self.pruned = self._trial.should_prune()
+        if self.pruned:
+            control.should_training_stop = True

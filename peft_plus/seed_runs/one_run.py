@@ -2,34 +2,53 @@
 
 from __future__ import annotations
 
+import functools
+import gc
+import logging
 import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import MethodError
-from ..find_checkpoint import finished
+from ..checkpoint import REPLACED
+from ..errors import CheckpointError, MethodError
+from ..find_checkpoint import newest_whole
 from .axis import AXES, Seeds
-from .results import RunResult
+from .results import RunResult, evaluations_in, numbers_in
+
+logger = logging.getLogger(__name__)
 
 Factory = Callable[[Seeds], Any]
 Evaluate = Callable[[Any], Mapping[str, float]]
 
+_ROWS_LOOKED_AT = 100_000
+"""Of an evaluation set that is no `datasets` table, in search of its largest class."""
+
 
 def run_once(
-    factory: Factory, seeds: Seeds, folder: Path, *, evaluate: Evaluate | None = None, callbacks: Sequence[Any] = ()
+    factory: Factory,
+    seeds: Seeds,
+    folder: Path,
+    *,
+    evaluate: Evaluate | None = None,
+    callbacks: Sequence[Any] = (),
+    resume: bool = True,
+    exact: bool = False,
 ) -> RunResult:
-    """Build, train and evaluate once. A run that was interrupted goes on from its newest whole checkpoint.
+    """Build, train and evaluate once.
 
     Args:
         factory: seeds → a Trainer.
         folder: takes the place of the Trainer's `output_dir`.
         evaluate: the Trainer after training → metrics; its own `evaluate()` by default.
         callbacks: added to the Trainer's.
+        resume: go on from the newest whole checkpoint in `folder`, if there is one; else what is there is removed.
+        exact: whether a Trainer that does not resume bit by bit is refused.
     Raises:
         MethodError: the factory gave no Trainer, or the evaluation no metrics.
     """
@@ -37,36 +56,108 @@ def run_once(
 
     set_seed(seeds.init)
     trainer = factory(seeds)
-    _check_trainer(trainer, factory)
-    trainer.args.output_dir = str(folder)
-    trainer.args.seed, trainer.args.data_seed = seeds.dropout, seeds.order
-    trainer.accelerator.dataloader_config.data_seed = seeds.order  # it was told when the Trainer was built
+    _check_trainer(trainer, factory, exact)
+    _give(trainer, seeds, folder)
     for callback in callbacks:
         trainer.add_callback(callback)
-    resume = finished(folder)
+    if not resume:
+        clear(folder)
+    checkpoint, step = _newest(folder)
     set_seed(seeds.dropout)
     wall, cpu = time.perf_counter(), time.process_time()
-    trainer.train(resume_from_checkpoint=True) if resume else trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    metrics = _numbers(trainer.evaluate() if evaluate is None else evaluate(trainer))
-    state = trainer.state
-    return RunResult(
+    state, evaluations = trainer.state, evaluations_in(trainer.state.log_history)
+    result = RunResult(
         number=seeds.number,
         seeds={axis: getattr(seeds, axis) for axis in AXES},
-        metrics=metrics,
-        evaluations=_evaluations(state.log_history),
+        metrics=_metrics(trainer.evaluate() if evaluate is None else evaluate(trainer)),
+        evaluations=evaluations,
         steps=state.global_step,
         max_steps=state.max_steps,
+        resumed=step,
         seconds=wall,
         cpu_seconds=cpu,
         majority=_majority(trainer.eval_dataset),
         peak_bytes=_peak_bytes(),
+        versions={name: version(name) for name in ("peft-plus", "peft", "transformers", "torch")},
     )
+    del trainer
+    gc.collect()  # a Trainer and its callbacks hold each other, and the next run needs the memory
+    return result
 
 
 def clear(folder: Path) -> None:
-    """Drop what a run needed to be taken up again."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Drop what a run needed to be taken up again. What else a factory or `evaluate` put there stays."""
+    checkpoints = [part for prefix in ("", REPLACED) for part in folder.glob(f"{prefix}checkpoint-[0-9]*")]
+    for part in (*checkpoints, folder / "_trunk"):
+        shutil.rmtree(part, ignore_errors=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _check_trainer(trainer: Any, factory: Factory, exact: bool) -> None:
+    wanted = ("train", "evaluate", "add_callback", "args", "state", "accelerator")
+    if not all(hasattr(trainer, name) for name in wanted):
+        name = getattr(factory, "__qualname__", type(factory).__name__)
+        raise MethodError(
+            f"The factory {name} returned {type(trainer).__name__}; expected a Trainer: return Trainer(model, args, "
+            "train_dataset=…, eval_dataset=…, compute_metrics=…), not yet trained."
+        )
+    if trainer.state.global_step:
+        raise MethodError(
+            f"The factory returned a Trainer that has trained for {trainer.state.global_step} steps; return a new one."
+        )
+    from ..hf import Bridge
+
+    if exact and not isinstance(trainer, Bridge):
+        kind = type(trainer)
+        raise MethodError(
+            f"Racing stops runs and takes them up again bit by bit, which {kind.__module__}.{kind.__name__} does not "
+            f"promise: use peft_plus.Trainer, or peft_plus.with_plugins({kind.__name__})."
+        )
+    if exact and trainer.args.save_only_model:
+        raise MethodError("Racing takes runs up again from checkpoints: leave out save_only_model=True.")
+
+
+def _give(trainer: Any, seeds: Seeds, folder: Path) -> None:
+    """Folder and seeds, wherever a Trainer has them from."""
+    args, loading = trainer.args, trainer.accelerator.dataloader_config
+    args.output_dir = str(folder)
+    args.seed, args.data_seed = seeds.dropout, seeds.order
+    loading.data_seed = seeds.order  # it was told when the Trainer was built
+    if not loading.use_seedable_sampler:
+        raise MethodError(
+            "accelerator_config={'use_seedable_sampler': False} draws the order of the data from the stream of the "
+            "dropout, so that they cannot be told apart: leave it out."
+        )
+    build = getattr(trainer, "model_init", None)
+    if build is not None:  # the Trainer calls it once more, with the seed of the dropout
+
+        @functools.wraps(build)
+        def seeded(*given: Any) -> Any:
+            from transformers import set_seed
+
+            set_seed(seeds.init)
+            model = build(*given)
+            set_seed(seeds.dropout)
+            return model
+
+        trainer.model_init = seeded
+
+
+def _newest(folder: Path) -> tuple[str | None, int]:
+    """The newest whole checkpoint of an interrupted run, and its step; (None, 0) where there is none."""
+    try:
+        found = newest_whole(folder)
+    except CheckpointError as error:
+        logger.warning("The run begins anew, since none of its checkpoints can be used: %s", error)
+        clear(folder)
+        return None, 0
+    if found is None:
+        return None, 0
+    logger.info("The run goes on from %s.", found.folder)
+    return str(found.folder), found.step
 
 
 def _peak_bytes() -> int:
@@ -80,39 +171,28 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _check_trainer(trainer: Any, factory: Factory) -> None:
-    wanted = ("train", "evaluate", "add_callback", "args", "state", "accelerator")
-    if not all(hasattr(trainer, name) for name in wanted):
-        name = getattr(factory, "__qualname__", type(factory).__name__)
-        raise MethodError(
-            f"The factory {name} returned {type(trainer).__name__}; expected a Trainer: return Trainer(model, args, "
-            "train_dataset=…, eval_dataset=…, compute_metrics=…), not yet trained."
-        )
-
-
-def _numbers(metrics: Any) -> dict[str, float]:
-    if not isinstance(metrics, Mapping):
-        raise MethodError(f"evaluate returned {metrics!r}; expected a mapping from names of metrics to numbers.")
-    return {name: float(value) for name, value in metrics.items() if isinstance(value, int | float | np.number)}
-
-
-def _evaluations(log: Sequence[Mapping[str, Any]]) -> tuple[tuple[int, dict[str, float]], ...]:
-    """The evaluations while training, those of one step together."""
-    found: dict[int, dict[str, float]] = {}
-    for entry in log:
-        metrics = {name: value for name, value in _numbers(entry).items() if name.startswith("eval_")}
-        if metrics:
-            found.setdefault(int(entry["step"]), {}).update(metrics)
-    return tuple(sorted(found.items()))
+def _metrics(found: Any) -> dict[str, float]:
+    if not isinstance(found, Mapping):
+        raise MethodError(f"evaluate returned {found!r}; expected a mapping from names of metrics to numbers.")
+    return numbers_in(found)
 
 
 def _majority(dataset: Any) -> float | None:
     """The share of the largest class among whole-number labels, one to a row; None where the data hold none."""
     columns = getattr(dataset, "column_names", None)
-    name = next((name for name in ("labels", "label") if isinstance(columns, list) and name in columns), None)
-    if name is None:
+    rows: Any = None
+    if isinstance(columns, list):
+        name = next((name for name in ("labels", "label") if name in columns), None)
+        rows = None if name is None else dataset[name]
+    elif isinstance(dataset, list) and 0 < len(dataset) <= _ROWS_LOOKED_AT and isinstance(dataset[0], Mapping):
+        name = next((name for name in ("labels", "label") if name in dataset[0]), None)
+        rows = None if name is None else [row[name] for row in dataset]
+    if rows is None:
         return None
-    labels = np.asarray(dataset[name])
+    try:
+        labels = np.asarray(rows)
+    except ValueError:  # of different lengths: not one to a row
+        return None
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or not len(labels):
         return None
     return float(np.unique(labels, return_counts=True)[1].max() / len(labels))

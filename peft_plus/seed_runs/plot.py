@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .racing import imported
+from .optional import imported
 from .results import SeedRuns
 
 
@@ -34,7 +34,7 @@ def plot(runs: Mapping[str, SeedRuns], path: str | os.PathLike[str]) -> Path:
         axes.plot(place + scatter.uniform(-0.12, 0.12, len(values)), values, "o", alpha=0.6, markersize=4)
     majority = next((r.majority for own in runs.values() for r in own.finished if r.majority is not None), None)
     first = next(iter(runs.values()))
-    if majority is not None and "accuracy" in first.metric:
+    if majority is not None and first.metric.removeprefix("eval_") == "accuracy":
         axes.axhline(majority, linestyle=":", color="grey", label="largest class")
         axes.legend(loc="lower right", fontsize="small")
     axes.set_xticks(range(len(runs)), list(runs), rotation=30, ha="right")

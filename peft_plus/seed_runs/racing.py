@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import MethodError
-from .results import RunResult, value_of
+from .optional import imported
+from .results import RunResult, value_of, values_on_the_way
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,30 +83,17 @@ class SuccessiveHalving:
 
 def report_all(trial: Any, result: RunResult, metric: str) -> bool:
     """Tell a trial the evaluations of a run that is done; whether it was stopped."""
-    for number, (_, metrics) in enumerate(result.evaluations, start=1):
-        trial.report(float(metrics.get(metric, metrics.get(f"eval_{metric}", math.nan))), number)
+    for number, value in enumerate(values_on_the_way(result.evaluations, metric, result.max_steps), start=1):
+        trial.report(value, number)
         trial.should_prune()  # notes the rung that it reached
     return not result.finished
 
 
-def imported(name: str, purpose: str) -> Any:
-    """An optional package.
-
-    Raises:
-        MethodError: it is not installed.
-    """
-    from importlib import import_module
-    from importlib.util import find_spec
-
-    if find_spec(name) is None:
-        raise MethodError(f"{purpose[0].upper()}{purpose[1:]} needs {name}, which is not installed: pip install {name}")
-    return import_module(name)
-
-
 def best(values: Mapping[int, float], keep: int, *, greater_is_better: bool) -> list[int]:
-    """The `keep` best runs; of equals the ones with the lower numbers."""
+    """The `keep` best runs; of equals the ones with the lower numbers. NaN is worse than any number."""
     sign = -1 if greater_is_better else 1
-    return sorted(sorted(values, key=lambda number: (sign * values[number], number))[:keep])
+    ranks = {number: math.inf if math.isnan(value) else sign * value for number, value in values.items()}
+    return sorted(sorted(ranks, key=lambda number: (ranks[number], number))[:keep])
 
 
 def simulate_racing(

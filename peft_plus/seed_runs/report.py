@@ -27,7 +27,7 @@ class Report:
         expected_best: k → the expected best of k runs.
         stopped: runs that racing did not finish.
         cost: steps that were made, over those of all runs to their end.
-        cpu_seconds: of training, the mean over the finished runs.
+        cpu_seconds: of training, the mean over the finished runs that ran in one go; NaN where none did.
         values: run → metric.
     """
 
@@ -90,11 +90,11 @@ def report(runs: SeedRuns, *, majority: float | None = None) -> Report:
     if len(values) < 2:
         raise ValueError(f"A spread needs two finished runs at least, and there are {len(values)}.")
     numbers = np.array(list(values.values()))
-    if majority is None and "accuracy" in runs.metric:
+    if majority is None and runs.metric.removeprefix("eval_") == "accuracy":  # of those labels, and no other kind
         majority = next((r.majority for r in runs.finished if r.majority is not None), None)
     failed = None
-    if majority is not None:
-        failed = float(np.mean(numbers <= majority if runs.greater_is_better else numbers >= majority))
+    if majority is not None:  # NaN has failed, too
+        failed = float(np.mean(~(numbers > majority if runs.greater_is_better else numbers < majority)))
     made, whole = sum(r.steps for r in runs.results), sum(r.max_steps for r in runs.results)
     ks = [k for k in (1, 2, 5, 10, 20, 50) if k <= len(numbers)]
     return Report(
@@ -111,7 +111,7 @@ def report(runs: SeedRuns, *, majority: float | None = None) -> Report:
         expected_best={k: expected_best(numbers.tolist(), k, greater_is_better=runs.greater_is_better) for k in ks},
         stopped=len(runs.results) - len(numbers),
         cost=made / whole if whole else math.nan,
-        cpu_seconds=float(np.mean([r.cpu_seconds for r in runs.finished])),
+        cpu_seconds=float(np.mean([r.cpu_seconds for r in runs.finished if not r.resumed] or [math.nan])),
         values=values,
     )
 
@@ -159,11 +159,12 @@ def compare(runs: SeedRuns, other: SeedRuns) -> Comparison:
     )
 
 
-def compare_table(runs: Mapping[str, SeedRuns], *, baseline: str) -> str:
+def compare_table(runs: Mapping[str, SeedRuns], *, baseline: str, majority: float | None = None) -> str:
     """Several trainings against one, as a Markdown table.
 
     Args:
         runs: title → runs, the baseline among them.
+        majority: as for `SeedRuns.report`.
     Raises:
         ValueError: there is no such baseline.
     """
@@ -173,12 +174,13 @@ def compare_table(runs: Mapping[str, SeedRuns], *, baseline: str) -> str:
         "| | mean | std | least | failed | difference of means | p | std ÷ baseline's | time |",
         "|---|--:|--:|--:|--:|---|--:|---|--:|",
     ]
-    base = runs[baseline].report()
+    base = runs[baseline].report(majority=majority)
     for title, own in runs.items():
         made = own.report(majority=base.majority)
         failed = "" if made.failed is None else f"{100 * made.failed:.0f} %"
         row = f"| {title} | {made.mean.value:.4f} | {made.std.value:.4f} | {made.least:.4f} | {failed} |"
-        time = f"{made.cpu_seconds / base.cpu_seconds:.2f} ×" if base.cpu_seconds else ""
+        times = made.cpu_seconds / base.cpu_seconds if base.cpu_seconds else math.nan
+        time = "" if math.isnan(times) else f"{times:.2f} ×"
         if title == baseline:
             lines.append(f"{row} | | | {time} |")
             continue

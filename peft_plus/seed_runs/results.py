@@ -7,7 +7,9 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from .. import watched_metric
 from ..errors import MethodError
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
     from .report import Comparison, Report
 
 SETTINGS = "seeds.json"
+
+Kind = Literal["run", "judged"]
+"""A run to its end, or to where racing judges it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +33,12 @@ class RunResult:
         metrics: of the evaluation at its end.
         evaluations: those while it trained: (optimizer step, metrics).
         steps, max_steps: optimizer steps that were made, and that the whole run has.
+        resumed: the step at which it was taken up again; 0 where it ran in one go.
         finished: whether it ran to its end; False where racing stopped it.
-        seconds, cpu_seconds: of training.
+        seconds, cpu_seconds: of training, since it was taken up.
         majority: share of the largest class in the evaluation's labels; None where that cannot be told.
         peak_bytes: the largest memory of its process.
+        versions: package → version.
     """
 
     number: int
@@ -40,11 +47,13 @@ class RunResult:
     evaluations: Sequence[tuple[int, Mapping[str, float]]] = ()
     steps: int = 0
     max_steps: int = 0
+    resumed: int = 0
     finished: bool = True
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     majority: float | None = None
     peak_bytes: int = 0
+    versions: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +87,7 @@ class SeedRuns:
 
         Args:
             majority: the metric's value at or below which a run has failed, e.g. the share of the largest class; by
-                default the one in the evaluation's labels, for an accuracy.
+                default the one in `eval_dataset`'s labels, if the metric is its accuracy.
         """
         from .report import report
 
@@ -154,23 +163,54 @@ def value_of(result: RunResult, metric: str) -> float:
         raise MethodError(f"Run {result.number}: {error} No finished run is lost or made again.") from None
 
 
-def result_file(out: Path, number: int) -> Path:
-    """Where the result of a run is kept."""
-    return out / f"run-{number}.json"
+def evaluations_in(log: Sequence[Mapping[str, Any]]) -> tuple[tuple[int, dict[str, float]], ...]:
+    """The evaluations in a Trainer's `log_history`: (step, metrics), those of one step together."""
+    found: dict[int, dict[str, float]] = {}
+    for entry in log:
+        metrics = {name: value for name, value in numbers_in(entry).items() if name.startswith("eval_")}
+        if metrics:
+            found.setdefault(int(entry["step"]), {}).update(metrics)
+    return tuple(sorted(found.items()))
 
 
-def keep_result(out: Path, result: RunResult) -> None:
+def values_on_the_way(
+    evaluations: Sequence[tuple[int, Mapping[str, float]]], metric: str, max_steps: int
+) -> list[float]:
+    """The metric at each evaluation before the last step; those without it are left out."""
+    return [
+        watched_metric.value_of(metrics, metric)
+        for step, metrics in evaluations
+        if step < max_steps and watched_metric.holds(metrics, metric)
+    ]
+
+
+def numbers_in(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """What of it is a number."""
+    return {name: float(value) for name, value in metrics.items() if isinstance(value, int | float | np.number)}
+
+
+def keep_result(out: Path, result: RunResult, kind: Kind = "run") -> None:
     """At once, and whole."""
-    write_whole(result_file(out, result.number), json.dumps(asdict(result)) + "\n")
+    write_whole(out / f"{kind}-{result.number}.json", json.dumps(asdict(result)) + "\n")
 
 
-def read_results(out: Path) -> dict[int, RunResult]:
-    """Number → result of every run that gave one."""
+def read_results(out: Path, kind: Kind = "run") -> dict[int, RunResult]:
+    """Number → result of every run that gave one.
+
+    Raises:
+        MethodError: a file holds something else.
+    """
     found: dict[int, RunResult] = {}
-    for file in out.glob("run-*.json"):
-        body: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        body["evaluations"] = tuple((step, metrics) for step, metrics in body["evaluations"])
-        found[body["number"]] = RunResult(**body)
+    for file in out.glob(f"{kind}-*.json"):
+        try:
+            body: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            body["evaluations"] = tuple((step, metrics) for step, metrics in body["evaluations"])
+            found[body["number"]] = RunResult(**body)
+        except (ValueError, TypeError, KeyError) as error:
+            raise MethodError(
+                f"{file} is not what this peft_plus writes ({type(error).__name__}: {error}). Remove it, and its run "
+                "is made again."
+            ) from error
     return dict(sorted(found.items()))
 
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import pickle
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ..errors import MethodError, TrainingError
 from ..watched_metric import rises
 from .axis import AXES, Axis
 from .call import Call
+from .claim import claim, named
 from .finish_best import halve, race
 from .one_run import Evaluate, Factory
 from .racing import Racing, SuccessiveHalving
-from .results import SETTINGS, SeedRuns, read_results, value_of, write_whole
+from .results import SETTINGS, SeedRuns, read_results, value_of
 from .several import run_all
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ def seeds(
     evaluate: Evaluate | None = None,
     racing: Racing | SuccessiveHalving | None = None,
     workers: int | Literal["auto"] = 1,
+    description: str | None = None,
 ) -> SeedRuns:
     """Run one training under many seeds.
 
@@ -57,19 +58,20 @@ def seeds(
             `init` before each call; `output_dir`, `seed` and `data_seed` of its arguments are set here.
         n: runs, ≥ 2. A later call may ask for more.
         metric: of the final evaluation, e.g. `accuracy` or `eval_loss`. Another one makes no run anew.
-        greater_is_better: by default less is better of what ends in `loss`, else more.
+        greater_is_better: by default less is better of what has `loss` in its name, else more.
         out: folder for results, `run-<number>.json`, and for what runs need meanwhile.
         base: first seed.
         vary: the axes on which runs differ, of `init`, `order`, `dropout`; the others keep the seed `base`.
         evaluate: the trained Trainer → metrics; its `evaluate()` by default.
         racing: finish only the best; `Racing` needs Trainers of peft_plus, which resume bit by bit.
         workers: processes, or as many as cores and free memory allow; then factory and `evaluate` must be found by
-            import, as functions of a module are.
+            import, as functions of a module are. A script calls this below `if __name__ == "__main__":` then.
+        description: of what is trained; runs with another one are not taken for these.
     Returns: the results.
     Raises:
         ValueError: an argument is out of its range.
         MethodError: the factory gives no Trainer; the metric was never logged; `out` holds the runs of another call.
-        TrainingError: runs failed. Finished ones are kept, and calling again goes on.
+        TrainingError: runs failed, and all others were made. Finished ones are kept, and calling again goes on.
     """
     call = Call(
         factory=factory,
@@ -79,18 +81,22 @@ def seeds(
         metric=metric,
         greater_is_better=rises(metric, greater_is_better),
         evaluate=evaluate,
+        exact=isinstance(racing, Racing),
     )
     _check(call, n, vary, racing, workers)
-    _claim(call, racing)
+    _claim(call, racing, description)
     done = {number: result for number, result in read_results(call.out).items() if number < n}
     if done:
         logger.info("%s holds %d of %d results; they are not made again.", call.out, len(done), n)
+    for result in done.values():
+        value_of(result, metric)
     if isinstance(racing, SuccessiveHalving):
         failed = halve(call, racing, n, done)
     elif isinstance(racing, Racing):
         failed = race(call, racing, n, done, workers)
     else:
-        failed = run_all(call, [k for k in range(n) if k not in done], done, workers)
+        missing = [k for k in range(n) if k not in done]
+        failed = run_all(call, missing, workers, lambda result: call.keep(result, done))
     results = SeedRuns(
         results=tuple(done[number] for number in sorted(done)),
         metric=metric,
@@ -101,10 +107,8 @@ def seeds(
         raise TrainingError(
             f"{len(failed)} of {n} runs failed, the first by {next(iter(failed.values()))}. The tracebacks are in "
             f"{call.out}/run-<number>.error.txt, for {', '.join(map(str, failed))}; {len(done)} results are kept. "
-            "Mend the cause and call again: only what is missing is made."
+            "Mend the cause and call again: only what is missing is made. SeedRuns.load reads what there is."
         )
-    for result in results.finished:
-        value_of(result, metric)
     return results
 
 
@@ -117,6 +121,11 @@ def _check(
 ) -> None:
     if not callable(call.factory):
         raise MethodError(f"seeds(factory, …): {call.factory!r} is not callable; give a function: Seeds → Trainer.")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise MethodError(
+            "seeds makes whole runs, one to a process: call it in a single process, not under torchrun or accelerate "
+            "launch. Several runs at a time are workers=2 or more."
+        )
     if n < 2:
         raise ValueError(f"n={n}: a spread needs two runs at least.")
     if call.base < 0:
@@ -141,27 +150,12 @@ def _check(
                 ) from error
 
 
-def _claim(call: Call, racing: Racing | SuccessiveHalving | None) -> None:
+def _claim(call: Call, racing: Racing | SuccessiveHalving | None, description: str | None) -> None:
     """Note whose runs `out` holds, or see that they are ours."""
-    factory: Any = call.factory
-    while hasattr(factory, "func"):  # functools.partial
-        factory = factory.func
-    body = {
-        "factory": f"{getattr(factory, '__module__', '')}.{getattr(factory, '__qualname__', type(factory).__name__)}",
+    body = named(call.factory) | {
         "base": call.base,
         "vary": list(call.vary),
         "racing": repr(racing),
+        "description": description,
     }
-    told = {"metric": call.metric, "greater_is_better": call.greater_is_better}
-    file = call.out / SETTINGS
-    if file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        apart = [name for name in body if before.get(name) != body[name]]
-        if apart:
-            name = apart[0]
-            raise MethodError(
-                f"{call.out} holds runs with {name}={before.get(name)!r}, this call has {body[name]!r}. Give another "
-                "out, or delete that folder."
-            )
-    call.out.mkdir(parents=True, exist_ok=True)
-    write_whole(file, json.dumps(body | told, indent=2) + "\n")
+    claim(call.out / SETTINGS, body, {"metric": call.metric, "greater_is_better": call.greater_is_better})

@@ -75,7 +75,7 @@ def paired_permutation(differences: Sequence[float]) -> float:
 def expected_best(values: Sequence[float], k: int, *, greater_is_better: bool = True) -> float:
     """The expected best of k runs drawn with replacement from those recorded.
 
-    E[max] = Σᵢ v₍ᵢ₎ · ((i/n)ᵏ − ((i−1)/n)ᵏ), v₍ᵢ₎ in rising order (Dodge et al. 2019, arXiv:1909.03004, eq. 7–8).
+    E[max] = Σᵢ v₍ᵢ₎ · ((i/n)ᵏ − ((i−1)/n)ᵏ), v₍ᵢ₎ in rising order (Dodge et al. 2019, arXiv:1909.03004).
 
     Args:
         k: ≥ 1.

@@ -28,12 +28,14 @@ class TrainingData:
         loader: (order, rows of a batch) → this process's share of the collated batches, on the model's device.
         collator: makes batches of rows.
         collate: the same, where rows hold columns that no model takes.
+        redrawn_by: the plugin that makes other rows of the same examples in each epoch; empty where none does.
     """
 
     dataset: Any = None
     loader: Callable[[Sampler[int], int], Iterable[Mapping[str, Any]]] | None = None
     collator: Any = None
     collate: Any = None
+    redrawn_by: str = ""
 
     @property
     def examples(self) -> int | None:

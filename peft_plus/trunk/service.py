@@ -56,6 +56,11 @@ class TrunkService:
                 f"trunk_cache stores what the lower blocks make of an example, and {type(data.collator).__name__} "
                 "masks other words of it in each epoch. Leave trunk_cache out."
             )
+        if options is not None and data.redrawn_by:
+            raise MethodError(
+                f"trunk_cache stores what the lower blocks make of an example, and {data.redrawn_by} makes other rows "
+                "of it in each epoch. Leave one of them out."
+            )
         self._cache = None if options is None else TrunkCache(model, layers, options, data=data, scratch=scratch)
         self._lowest = -1
         self._epoch = 0

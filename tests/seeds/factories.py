@@ -40,13 +40,16 @@ class Watch(TrainerCallback):
         self.start = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
 
 
-def made(seeds: Seeds, *, method: Any = "lora", kind: Any = peft_plus.Trainer, **settings: Any) -> Any:
+def made(
+    seeds: Seeds, *, method: Any = "lora", kind: Any = peft_plus.Trainer, model_init: Any = None, **settings: Any
+) -> Any:
     """A Trainer over 6 steps."""
-    model = get_model(tiny("bert", hidden_dropout_prob=0.1), method)
+    model = None if model_init else get_model(tiny("bert", hidden_dropout_prob=0.1), method)
     args = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_strategy": "no"}
     return kind(
         model,
-        quiet("unused", **{**args, **settings}),
+        quiet(settings.pop("folder", "unused"), **{**args, **settings}),
+        model_init=model_init,
         train_dataset=rows(),
         eval_dataset=rows(8),
         data_collator=default_data_collator,
@@ -56,6 +59,18 @@ def made(seeds: Seeds, *, method: Any = "lora", kind: Any = peft_plus.Trainer, *
 
 def plain(seeds: Seeds) -> Any:
     return made(seeds)
+
+
+class BreaksOnce(TrainerCallback):
+    """Ends a run by an error at the beginning of a step, the first time."""
+
+    def __init__(self, step: int, error: type[BaseException] = RuntimeError) -> None:
+        self._step, self._error, self.broken = step, error, False
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self._step and not self.broken:
+            self.broken = True
+            raise self._error("no luck")
 
 
 def fails_once(seeds: Seeds) -> Any:

@@ -17,10 +17,9 @@ class ChildTuning(Plugin):
     """Update a child network alone: drawn anew in each step, or chosen once by the data.
 
     "F": m ~ Bernoulli(p) for each element and step, and the gradient is g · m / p, whose mean is g (Xu et al. 2021,
-    arXiv:2109.05687, eq. 5–6). "D": before the first step the Fisher information of each element is estimated, the mean
-    of the squared gradients of single examples, and the `p` share with the most of it trains, with the gradient as it
-    is (eq. 7). What is outside the child rests bit for bit, whatever decay and momentum would do. The head is always
-    inside.
+    arXiv:2109.05687). "D": before the first step the Fisher information of each element is estimated, the mean of the
+    squared gradients of single examples, and the `p` share with the most of it trains, with the gradient as it is. What
+    is outside the child rests bit for bit, whatever decay and momentum would do. The head is always inside.
 
     A tensor whose Fisher information is 0 throughout, as LoRA's A while B is 0, tells nothing about itself and stays
     inside whole.
@@ -89,7 +88,7 @@ class ChildTuning(Plugin):
 def fisher(run: Run, *, limit: int | None) -> dict[str, Tensor]:
     """The diagonal of the empirical Fisher information of all that trains but the head.
 
-    F = 1/n Σ (∂ log p(y | x) / ∂θ)² over single examples, in eval mode (Xu et al. 2021, arXiv:2109.05687, eq. 7).
+    F = 1/n Σ (∂ log p(y | x) / ∂θ)² over single examples, in eval mode (Xu et al. 2021, arXiv:2109.05687).
 
     Args:
         limit: over how many examples; None for all.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -39,6 +40,35 @@ def squared_difference(a: Tensor, b: Tensor) -> Tensor:
     return (a.float() - b.float()).square().mean(-1)
 
 
+def jensen_shannon(a: Tensor, b: Tensor) -> Tensor:
+    """½ KL(p‖m) + ½ KL(q‖m), m = ½ (p + q), p = softmax(a), q = softmax(b), in fp32 and nats.
+
+    Args:
+        a, b: logits, (..., classes).
+    Returns: (...), in [0, log 2].
+    """
+    log_p, log_q = F.log_softmax(a.float(), -1), F.log_softmax(b.float(), -1)
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    return 0.5 * (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(-1)
+
+
+def bernoulli_jensen_shannon(a: Tensor, b: Tensor) -> Tensor:
+    """The mean over labels of the Jensen–Shannon divergence of two yes/no predictions. (..., labels) → (...)."""
+    return jensen_shannon(*(torch.stack([x, torch.zeros_like(x)], -1) for x in (a, b))).mean(-1)
+
+
+def half_squared_difference(a: Tensor, b: Tensor) -> Tensor:
+    """½ · the mean over the last dimension of (a − b)², in fp32. Shapes (..., values) → (...)."""
+    return 0.5 * squared_difference(a, b)
+
+
+JENSEN_SHANNON: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "categorical": jensen_shannon,
+    "bernoulli": bernoulli_jensen_shannon,
+    "real": half_squared_difference,
+}
+"""What a task predicts → a bounded distance of two predictions, where there is one."""
+
 DISTANCES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "categorical": symmetric_kl,
     "bernoulli": symmetric_bernoulli_kl,
@@ -61,7 +91,15 @@ def mean_distance(a: Predictions, b: Predictions, distribution: str) -> Tensor:
         a, b: of the same batch; the masks of `a` count.
         distribution: a key of `DISTANCES`.
     """
-    distance = DISTANCES[distribution]
+    return _mean_of(DISTANCES[distribution], a, b)
+
+
+def mean_jensen_shannon(a: Predictions, b: Predictions, distribution: str) -> Tensor:
+    """As `mean_distance`, by `JENSEN_SHANNON`."""
+    return _mean_of(JENSEN_SHANNON[distribution], a, b)
+
+
+def _mean_of(distance: Callable[[Tensor, Tensor], Tensor], a: Predictions, b: Predictions) -> Tensor:
     return torch.stack([masked_mean(distance(x, y), mask) for (x, mask), (y, _) in zip(a, b, strict=True)]).mean()
 
 

@@ -20,17 +20,18 @@ class EMA(Plugin):
     doi:10.1137/0330046, for the idea of averaging). βₜ = min(decay, (1 + t) / (10 + t)) at step t with `warmup`, as
     TensorFlow's `ExponentialMovingAverage` does it, so that a short run's average forgets its start; else `decay`.
 
-    Costs a pass over all that trains after each step, and a copy of it, at least in fp32.
+    Costs a pass over all that trains after each step, and a copy of it, at least in fp32. A model's running statistics
+    (batch norm) stay those of the weights that train.
 
     Args:
         decay: β in [0, 1); 0 gives the last weights, bit for bit.
-        warmup: whether β grows from 0.1.
+        warmup: whether βₜ grows toward `decay`, from 2/11 at the first step.
     Raises:
         ValueError: `decay` is out of its range.
     """
 
     name: ClassVar[str] = "ema"
-    source: ClassVar[str] = "Polyak & Juditsky 1992, doi:10.1137/0330046"
+    source: ClassVar[str] = "Tarvainen & Valpola 2017, arXiv:1703.01780; Polyak & Juditsky 1992, doi:10.1137/0330046"
 
     decay: float = 0.99
     warmup: bool = True
@@ -45,11 +46,13 @@ class EMA(Plugin):
     def on_stage_begin(self, run: Run) -> None:
         self.average = {
             param.name: weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-            for param in run.params
+            for param in (run.params if self.decay > 0 else ())
             for weight in (run.weight(param),)
         }
 
     def on_step_end(self, run: Run) -> None:
+        if self.decay == 0:
+            return
         weights = [run.weight(param) for param in run.params]
         names = [param.name for param in run.params]
         averages = [self.average[name].to(weight.device) for name, weight in zip(names, weights, strict=True)]
@@ -57,7 +60,7 @@ class EMA(Plugin):
         self.average = dict(zip(names, averages, strict=True))
 
     def eval_weights(self, run: Run) -> Mapping[str, Tensor] | None:
-        return self.average
+        return self.average or None
 
 
 def decay_at(step: int, *, decay: float, warmup: bool) -> float:

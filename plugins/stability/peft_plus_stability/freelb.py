@@ -136,9 +136,9 @@ def ascend(delta: Tensor, gradient: Tensor, *, rows: int, step_size: float, max_
 
 
 def random_states(model: nn.Module) -> Mapping[torch.device, Tensor]:
-    """The states of the generators that draw the model's dropout, of the CPU and of every device that it is on."""
+    """The states of the generators that draw the model's dropout: of the CPU and of every device that it is on."""
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type not in ("cpu", "meta")}
-    there = {device: torch.get_device_module(device).get_rng_state(device) for device in devices}
+    there = {device: torch.get_device_module(device).get_rng_state(*_which(device)) for device in devices}
     return {torch.device("cpu"): torch.get_rng_state(), **there}
 
 
@@ -148,7 +148,11 @@ def set_random_states(states: Mapping[torch.device, Tensor]) -> None:
         if device.type == "cpu":
             torch.set_rng_state(state)
         else:
-            torch.get_device_module(device).set_rng_state(state, device)
+            torch.get_device_module(device).set_rng_state(state, *_which(device))
+
+
+def _which(device: torch.device) -> tuple[torch.device, ...]:
+    return () if device.type == "mps" else (device,)  # of which there is one, and torch asks for none
 
 
 def _stream(run: Run, row: int, text: int, device: torch.device) -> torch.Generator:

@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from peft_plus import LossTerm, Plugin, Run
+from peft_plus import LossTerm, Param, Plugin, Run
+
+from .low_rank_change import Change, low_rank_changes, since, squared_norm, wide
 
 
 @dataclass(kw_only=True)
 class L2SP(Plugin):
     """Pull what was pretrained back toward its start, and a new head toward 0.
 
-    loss = task loss + alpha/2 · Σ‖w − w₀‖² + beta/2 · Σ‖w_head‖² (Li et al. 2018, arXiv:1802.01483, eq. 3). A low-rank
-    adapter starts from ΔW = 0, and its change is penalised as a whole: ‖ΔW‖² = s² · tr((BᵀB)(AAᵀ)), s being its
-    scaling, without forming ΔW. Other adapters are pulled to their own start. Only what trains in the step counts.
+    loss = task loss + alpha/2 · Σ‖w − w₀‖² + beta/2 · Σ‖w_head‖² (Li et al. 2018, arXiv:1802.01483, eq. 3), w₀ being
+    the weights as the stage begins. What LoRA changes is penalised as a whole: ‖ΔW‖² = s² · tr((BᵀB)(AAᵀ)), s being
+    its scaling, without forming ΔW; where ΔW does not start from 0, its distance from there. Other adapters are pulled
+    to their own start. Only what trains in the step counts. A head that was pretrained, as that of a language model,
+    is pulled to its start, too.
 
-    Costs a pass over all that trains for each micro-batch, and a copy of base weights that train.
+    Costs a pass over all that trains for each micro-batch, and a copy of it; of LoRA's factors none.
 
     Args:
         alpha: α ≥ 0, in units of the loss by squared unit of the weights.
         beta: β ≥ 0, likewise. With both at 0 the run is the plain one bit for bit.
     Raises:
-        ValueError: one is negative; processes share the weights (FSDP).
+        ValueError: one is negative; nothing that trains would be pulled; processes share the weights (FSDP, ZeRO-3).
     """
 
     name: ClassVar[str] = "l2_sp"
@@ -39,75 +42,93 @@ class L2SP(Plugin):
     beta: float = 0.01
 
     start: dict[str, Tensor] = field(init=False, default_factory=dict)
-    """Parameter → w₀, at least in fp32; of a low-rank factor and of the head none."""
+    """Parameter → w₀, at least in fp32; of the factors of a low-rank change only where it does not start from 0, as
+    `Change.factors` gives them; of a new head none."""
 
     def __post_init__(self) -> None:
         for name, symbol in (("alpha", "α"), ("beta", "β")):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: give {symbol} ≥ 0.")
 
+    def on_build(self, run: Run) -> None:
+        new = {_is_new(run, param) for param in run.params}
+        if self.alpha + self.beta > 0 and not ((self.alpha > 0 and False in new) or (self.beta > 0 and True in new)):
+            raise ValueError(
+                f"alpha={self.alpha}, beta={self.beta}: nothing that trains would be pulled. alpha is for all but a "
+                "new head, beta for that."
+            )
+
     def on_stage_begin(self, run: Run) -> None:
-        tensors = dict(run.model.named_parameters())
-        if any(isinstance(tensors[param.name], DTensor) for param in run.params):
-            raise ValueError("l2_sp reads whole weights in each step, and FSDP keeps them in pieces. Use DDP.")
-        factors = {id(tensor) for a, b, _ in low_rank_factors(run.model) for tensor in (a, b)}
-        pulled = [p for p in run.params if p.part != "head" and id(tensors[p.name]) not in factors]
-        self.start = {p.name: _wide(tensors[p.name].detach()).clone() for p in pulled} if self.alpha > 0 else {}
+        self.start = {}
+        if self.alpha == 0:
+            return
+        tensors = _tensors(run)
+        trains = {param.name for param in run.params}
+        changes = [change for change in low_rank_changes(run.model) if not trains.isdisjoint(change.names)]
+        for change in changes:
+            a, b = (factor.detach() for factor in change.factors(tensors))
+            if a.any() and b.any():
+                self.start |= {change.a: a.clone(), change.b: b.clone()}
+        factors = {name for change in changes for name in change.names}
+        others = [param.name for param in run.params if param.name not in factors and not _is_new(run, param)]
+        self.start |= {name: wide(tensors[name].detach()).clone() for name in others}
 
     def loss_terms(self, run: Run, batch: Mapping[str, Any], output: Any) -> Mapping[str, LossTerm]:
         if self.alpha == 0 and self.beta == 0:
             return {}
-        tensors = {name: tensor for name, tensor in run.model.named_parameters() if tensor.requires_grad}
-        device = next(iter(tensors.values())).device
-        pulled = [(tensors[name], start.to(device)) for name, start in self.start.items() if name in tensors]
-        heads = [tensors[p.name] for p in run.params if p.part == "head" and p.name in tensors]
-        total = torch.zeros((), device=device)
+        tensors = _tensors(run)
+        trains = {param.name: param for param in run.params if tensors[param.name].requires_grad}
+        parts: list[tuple[float, Tensor]] = []
         if self.alpha > 0:
-            change = squared_sum(_wide(weight) - start for weight, start in pulled)
-            change = change + sum(
-                (low_rank_norm(a, b, scaling) for a, b, scaling in low_rank_factors(run.model) if a.requires_grad),
-                torch.zeros(()),
-            ).to(device)
-            total = total + self.alpha / 2 * change
-        if self.beta > 0:
-            total = total + self.beta / 2 * squared_sum(map(_wide, heads)).to(device)
-        return {"l2_sp": LossTerm(total, 1, per="step")} if total.requires_grad else {}
+            changes = [change for change in low_rank_changes(run.model) if not trains.keys().isdisjoint(change.names)]
+            parts += [(self.alpha, self._change(change, tensors)) for change in changes]
+            factors = {name for change in changes for name in change.names}
+            pulled = [name for name in self.start if name in trains and name not in factors]
+            starts = [self._start(name, tensors[name]) for name in pulled]
+            parts += [(self.alpha, squared_distance([tensors[name] for name in pulled], starts))] if pulled else []
+        heads = [tensors[name] for name, param in trains.items() if _is_new(run, param)] if self.beta > 0 else []
+        parts += [(self.beta, squared_distance(heads))] if heads else []
+        if not parts:
+            return {}
+        device = parts[0][1].device
+        total = torch.stack([weight / 2 * norm.to(device) for weight, norm in parts]).sum().float()
+        return {"l2_sp": LossTerm(total, 1, per="step")}
+
+    def _change(self, change: Change, tensors: Mapping[str, Tensor]) -> Tensor:
+        a, b = change.factors(tensors)
+        if change.a in self.start:
+            a, b = since(a, b, self._start(change.a, a), self._start(change.b, b))
+        return squared_norm(a, b, change.scaling)
+
+    def _start(self, name: str, like: Tensor) -> Tensor:
+        start = self.start[name] = self.start[name].to(like.device)
+        return start
 
 
-def squared_sum(tensors: Iterable[Tensor]) -> Tensor:
-    """Σ‖t‖², shape (), fp32; 0 for none."""
-    norms = torch._foreach_norm(kept) if (kept := list(tensors)) else []
-    return torch.stack(list(norms)).square().sum() if norms else torch.zeros(())
-
-
-def low_rank_norm(a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """‖s·BA‖² = s² · tr((BᵀB)(AAᵀ)), shape (), fp32.
+def squared_distance(weights: Sequence[Tensor], starts: Sequence[Tensor] = ()) -> Tensor:
+    """Σ‖w − w₀‖², shape (), at least in fp32.
 
     Args:
-        a: A, (r, …).
-        b: B, (out, r, …) with 1 for every further dimension.
-        scaling: s.
+        weights: w, one at least, in whatever dtypes.
+        starts: w₀, of equal shapes; none stand for 0.
     """
-    flat_a, flat_b = _wide(a).flatten(1), _wide(b).flatten(1)
-    return scaling**2 * ((flat_b.T @ flat_b) * (flat_a @ flat_a.T)).sum()
+    apart = [wide(weight) for weight in weights]
+    if starts:
+        apart = [weight - start for weight, start in zip(apart, starts, strict=True)]
+    norms = torch._foreach_norm(apart)
+    return torch.stack([norm.to(norms[0].device) for norm in norms]).square().sum()
 
 
-def low_rank_factors(model: nn.Module) -> list[tuple[Tensor, Tensor, float]]:
-    """A, B and the scaling of every active LoRA layer."""
-    found: list[tuple[Tensor, Tensor, float]] = []
-    for module in model.modules():
-        if not isinstance(module, LoraLayer):
-            continue
-        for name in module.active_adapters:
-            scaling = float(module.scaling.get(name, 1.0))
-            if name in module.lora_A:
-                a: Any = module.lora_A[name]
-                b: Any = module.lora_B[name]
-                found.append((a.weight, b.weight, scaling))
-            elif name in module.lora_embedding_A:
-                found.append((module.lora_embedding_A[name], module.lora_embedding_B[name], scaling))
-    return found
+def _is_new(run: Run, param: Param) -> bool:
+    """Whether it begins at random, so that its start is worth nothing."""
+    return param.part == "head" and run.task.new_head
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+def _tensors(run: Run) -> dict[str, Tensor]:
+    """Name → parameter; of what trains the weights themselves, whatever the micro-batch computes with."""
+    tensors: dict[str, Tensor] = dict(run.model.named_parameters(remove_duplicate=False))
+    if run.weights is not None:
+        tensors |= run.weights.tensors
+    if any(isinstance(tensors[param.name], DTensor) or hasattr(tensors[param.name], "ds_id") for param in run.params):
+        raise ValueError("l2_sp needs weights that are whole on each process, and FSDP and ZeRO-3 split them. Use DDP.")
+    return tensors

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from peft_plus import Param, Plugin, Run
+from peft_plus.plugin import Part
 
 logger = logging.getLogger(__name__)
 
@@ -35,25 +38,29 @@ class LowLR(Plugin):
     head: float | None = None
 
     def __post_init__(self) -> None:
-        for name, ceiling in self._ceilings().items():
-            if ceiling is not None and not ceiling > 0:
+        settings = {name: getattr(self, name) for name in ("pretrained", "adapter", "head")}
+        for name, ceiling in settings.items():
+            if ceiling is not None and not 0 < ceiling < math.inf:
                 raise ValueError(f"{name}={ceiling}: give a rate > 0, or None for no ceiling.")
-        if not any(self._ceilings().values()):
+        if not any(settings.values()):
             raise ValueError("pretrained=None, adapter=None, head=None: that changes nothing. Give a ceiling.")
 
     def on_stage_begin(self, run: Run) -> None:
         if all(self.lr_scale(run, param) == 1 for param in run.params):
-            logger.warning("low_lr: the base rate %g lies under every ceiling, so it changes nothing.", run.base_lr)
+            parts = {param.part for param in run.params}
+            logger.warning(
+                "low_lr changes nothing: the learning rate %g lies above no ceiling of what trains (%s).",
+                run.base_lr,
+                ", ".join(f"{part}: {rate or 'none'}" for part, rate in self._ceilings.items() if part in parts),
+            )
 
     def lr_scale(self, run: Run, param: Param) -> float:
-        ceiling = self._ceiling(param)
+        ceiling = self._ceilings[param.part]
         return 1.0 if ceiling is None or run.base_lr <= ceiling else ceiling / run.base_lr
 
     def lr_key(self, param: Param) -> tuple[Any, ...]:
-        return (self._ceiling(param),)
+        return (self._ceilings[param.part],)
 
-    def _ceiling(self, param: Param) -> float | None:
-        return {"base": self.pretrained, "adapter": self.adapter, "head": self.head}[param.part]
-
-    def _ceilings(self) -> dict[str, float | None]:
-        return {"pretrained": self.pretrained, "adapter": self.adapter, "head": self.head}
+    @property
+    def _ceilings(self) -> Mapping[Part, float | None]:
+        return {"base": self.pretrained, "adapter": self.adapter, "head": self.head}

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_plus import Param, Plugin, Run
 
@@ -17,10 +17,10 @@ class Mixout(Plugin):
 
     w̃ = w₀ + m · (w − w₀) / (1 − p), m ~ Bernoulli(1 − p) for each element, so that the mean of w̃ is w (Lee et al. 2020,
     arXiv:1909.11299, eq. 6). The matrices of blocks and pooler mix, not embeddings, biases, norms or the new head; of a
-    tuner what it put into the model, e.g. LoRA's two factors, which are pulled to their start. The mask is drawn once
-    for an optimizer step, alike on all processes.
+    tuner the matrices that it put into the model, e.g. LoRA's two factors, which are pulled to their start. The mask is
+    drawn once for an optimizer step, alike on all processes.
 
-    Costs a mask and a few additions over the mixed weights, and a copy of them.
+    Costs a mask and a few additions over the mixed weights for each micro-batch, and a copy of them.
 
     Args:
         p: probability of the starting value, in [0, 1); 0 gives the plain run bit for bit. The paper uses .7 to .9 for
@@ -44,12 +44,11 @@ class Mixout(Plugin):
             raise ValueError(f"p={self.p}: give a probability in [0, 1). At 1 nothing would ever train.")
 
     def on_build(self, run: Run) -> None:
-        if not any(self._mixes(param) for param in run.params):
+        if not self._mixed(run):
             raise ValueError("no matrix that trains would mix. Use a tuner with matrices in the blocks, or head=True.")
 
     def on_stage_begin(self, run: Run) -> None:
-        mixed = [param for param in run.params if self._mixes(param)] if self.p > 0 else []
-        self.start = {param.name: run.weight(param).clone() for param in mixed}
+        self.start = {param.name: run.weight(param).clone() for param in self._mixed(run)} if self.p > 0 else {}
 
     def effective_weight(self, run: Run, param: Param, value: Tensor) -> Tensor:
         if param.name not in self.start or not value.requires_grad:  # what is frozen for now does not mix
@@ -59,10 +58,19 @@ class Mixout(Plugin):
         mask = torch.empty_like(start).bernoulli_(1 - self.p, generator=generator)
         return mixout(value, start, mask, p=self.p)
 
-    def _mixes(self, param: Param) -> bool:
-        if param.part == "head":
-            return self.head and len(param.shape) > 1
-        return len(param.shape) > 1 and (param.depth > 0 or param.part == "adapter")
+    def _mixed(self, run: Run) -> list[Param]:
+        """The parameters that mix."""
+        modules = run.model.modules()
+        embeddings = {id(tensor) for m in modules if isinstance(m, nn.Embedding) for tensor in m.parameters()}
+        tensors = dict(run.model.named_parameters())
+
+        def mixes(param: Param) -> bool:
+            if param.part == "base":
+                inside = param.depth > 0 or run.num_blocks == 0  # a model without a list of blocks is flat
+                return inside and id(tensors[param.name]) not in embeddings
+            return param.part == "adapter" or self.head
+
+        return [param for param in run.params if len(param.shape) > 1 and mixes(param)]
 
 
 def mixout(weight: Tensor, start: Tensor, mask: Tensor, *, p: float) -> Tensor:

@@ -65,6 +65,8 @@ class Mosbach(Plugin):
             "max_grad_norm": self.max_grad_norm,
         }
         args = {name: value for name, value in args.items() if value is not None}
+        if self.epochs is not None:
+            args["max_steps"] = -1  # which would count before the epochs
         args |= {"lr_scheduler_type": "linear", "optim": "adamw_torch"}
         return [replace(stage, args={**stage.args, **args}) if stage.train == "all" else stage for stage in stages]
 

@@ -18,13 +18,14 @@ class SWA(Plugin):
     """From a point of training on, collect the weights now and then; evaluate, save and end with their mean.
 
     θ̄ = Σ θₖ / K over the weights collected (Izmailov et al. 2018, arXiv:1803.05407, algorithm 1). Before the first one
-    is collected the weights that train are evaluated. The learning rate stays the user's: the paper collects under a
-    constant or cyclic one, which `lr_scheduler_type="constant"` gives.
+    is collected the weights that train are evaluated; a run that is stopped early ends with the mean of what there is.
+    The learning rate stays the user's: the paper collects under a constant or cyclic one, which
+    `lr_scheduler_type="constant"` gives.
 
     Costs a pass over all that trains for each collection, and a copy of it.
 
     Args:
-        start_fraction: of all steps, before which nothing is collected, in [0, 1).
+        start_fraction: of all steps, in [0, 1): nothing is collected before.
         every: "epoch", or so many optimizer steps. The last step is always collected.
     Raises:
         ValueError: a setting is out of its range; the model normalises by running statistics, which would not fit the
@@ -63,14 +64,23 @@ class SWA(Plugin):
 
     def on_step_end(self, run: Run) -> None:
         period = run.steps_per_epoch if self.every == "epoch" else self.every
-        due = run.step > self.start_fraction * run.max_steps and run.step % period == 0
-        if due or run.step == run.max_steps:
+        if is_due(run.step, run.max_steps, start_fraction=self.start_fraction, period=period):
             self.collected += 1
             weights = {param.name: run.weight(param) for param in run.params}
             self.average = {name: take_in(self.average.get(name), w, self.collected) for name, w in weights.items()}
 
     def eval_weights(self, run: Run) -> Mapping[str, Tensor] | None:
         return self.average or None
+
+
+def is_due(step: int, max_steps: int, *, start_fraction: float, period: int) -> bool:
+    """Whether the weights are collected after a step: each `period` steps from that point on, and after the last.
+
+    Args:
+        step: finished steps, ≥ 1.
+    """
+    begun = step >= start_fraction * max_steps - 1e-6  # .07 · 100 is a little more than 7
+    return step == max_steps or (begun and step % period == 0)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peft_plus import get_model
 from peft_plus.stage_start import run_at_start
-from peft_plus_stability.l2_sp import L2SP, low_rank_factors, low_rank_norm, squared_sum
+from peft_plus_stability.l2_sp import L2SP, squared_distance
 from tests.bare_loop import on_nf4
 from tests.consistency import Grab, accumulated, distance, gradients, model_and_batch, trainer_of
 from tests.models import rows_of, tiny
@@ -96,23 +96,13 @@ def test_other_adapters_are_pulled_to_their_start() -> None:
         assert torch.allclose(added[name], 0.3 * (now[name] - start[name]), atol=1e-6), name
 
 
-def test_the_norm_of_a_product_needs_no_product() -> None:
+def test_the_distance_of_many_weights_is_that_of_one_long_vector() -> None:
     draw = torch.Generator().manual_seed(0)
-    a, b = torch.randn(3, 40, generator=draw), torch.randn(50, 3, generator=draw)
-    assert torch.allclose(low_rank_norm(a, b, 2.5), (2.5 * b @ a).square().sum(), rtol=1e-5)
-    assert torch.allclose(squared_sum([a, b]), a.square().sum() + b.square().sum())
-    assert squared_sum([]) == 0
-
-
-def test_a_convolutions_factors_are_flattened() -> None:
-    model = get_model(tiny("resnet"), peft.LoraConfig(r=2, target_modules=["convolution"]))
-    factors = low_rank_factors(model)
-    assert factors
-    layers = [m for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
-    for layer, (a, b, scaling) in zip(layers, factors, strict=True):
-        torch.nn.init.normal_(b)
-        wanted = layer.get_delta_weight("default").square().sum()
-        assert torch.allclose(low_rank_norm(a, b, scaling), wanted, rtol=1e-4)
+    weights = [torch.randn(shape, generator=draw) for shape in ((3, 40), (7,), (2, 2, 2))]
+    starts = [torch.randn(weight.shape, generator=draw) for weight in weights]
+    whole, begun = (torch.cat([t.flatten() for t in tensors]).double() for tensors in (weights, starts))
+    assert squared_distance(weights, starts).item() == pytest.approx((whole - begun).square().sum().item(), rel=1e-5)
+    assert squared_distance(weights).item() == pytest.approx(whole.square().sum().item(), rel=1e-5)
 
 
 def test_zero_is_the_plain_run_bit_for_bit(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -69,14 +70,46 @@ class Steps(TrainerCallback):
         self.gradients.append(gradients(model))
 
 
-@pytest.mark.parametrize("tuner", ["full", "lora"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_step_computes_with_the_mixed_weights(tuner: str, checkpointing: bool, tmp_path: Path) -> None:
-    """The gradients of the third step are those of a plain model that holds w̃, times m / (1 − p)."""
-    model, data = model_and_batch("bert", "SEQ_CLS", rows=4)
-    model = get_model(model, [tuner, Mixout(p=0.6)])
+def tie(model: Any) -> None:
+    """One parameter in two modules."""
+    first, second = (layer.attention.self.query for layer in model.bert.encoder.layer[:2])
+    second.weight = first.weight
+
+
+CASES: dict[str, tuple[Any, str, Any]] = {
+    "full": ("full", "bert", None),
+    "LoRA": ("lora", "bert", None),
+    "LoRA of the embeddings": (LoraConfig(target_modules=["word_embeddings", "query"]), "bert", None),
+    "a tied weight": ("full", "bert", tie),
+    "blocks that share their weights": ("full", "albert", None),
+}
+REENTRANT: dict[str, tuple[bool | None, ...]] = {
+    # Reentrant checkpointing goes back through a weight once for each block that uses it, which autograd refuses.
+    "a tied weight": (None, False),
+    "blocks that share their weights": (None,),  # transformers' ALBERT does no checkpointing
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "reentrant"), [(c, reentrant) for c in CASES for reentrant in REENTRANT.get(c, (None, True, False))]
+)
+def test_a_step_computes_with_the_mixed_weights(case: str, reentrant: bool | None, tmp_path: Path) -> None:
+    """The gradients of the third step are those of a plain model that holds w̃, times m / (1 − p).
+
+    Also where activation checkpointing computes again in the backward, reentrant or not.
+    """
+    method, name, change = CASES[case]
+    model, data = model_and_batch(name, "SEQ_CLS", rows=4)
+    if change is not None:
+        change(model)
+    model = get_model(model, [method, Mixout(p=0.6)])
     twin, steps = copy.deepcopy(model), Steps()
-    settings: dict[str, Any] = {"max_steps": 3, "max_grad_norm": 0.0, "activation_checkpointing": checkpointing}
+    settings: dict[str, Any] = {"max_steps": 3, "max_grad_norm": 0.0}
+    if reentrant is not None:
+        settings |= {
+            "activation_checkpointing": True,
+            "activation_checkpointing_kwargs": {"use_reentrant": reentrant},
+        }
     trainer_of(model, rows_of(data), tmp_path, [steps], **settings).train()
     plugin = model.peft_plus.plugins[0]
     run = run_at_start(model.peft_plus, model, model.peft_plus.stages[0], seed=42, step=2)
@@ -115,14 +148,27 @@ def _third(rows: int) -> Tensor:
     return seen[2].long()
 
 
+def mixed_in(model: Any) -> set[str]:
+    plan = model.peft_plus
+    plan.plugins[0].on_stage_begin(run_at_start(plan, model, plan.stages[0]))
+    return set(plan.plugins[0].start)
+
+
 def test_what_mixes_are_matrices_that_were_there_before() -> None:
-    model = get_model(tiny("bert"), ["full", Mixout()])
-    plugin, params = model.peft_plus.plugins[0], model.peft_plus.params
-    mixing = {name for name, param in params.items() if plugin._mixes(param)}
+    mixing = mixed_in(get_model(tiny("bert"), ["full", Mixout()]))
     assert all(name.endswith(".weight") and "LayerNorm" not in name for name in mixing)
     assert not any("embeddings" in name or name.startswith("classifier") for name in mixing)
     assert any("pooler" in name for name in mixing)
     assert len([name for name in mixing if "layer.0." in name]) == 6
+
+
+@pytest.mark.parametrize("name", ["albert", "t5", "llama", "vit"])
+def test_no_embedding_mixes_wherever_it_lies(name: str) -> None:
+    """ALBERT is flat, T5 has one in its first blocks, ViT's are no modules."""
+    model = get_model(tiny(name), ["full", Mixout()])
+    mixing = mixed_in(model)
+    linear = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert mixing == {n for n in linear if not n.startswith(("classifier", "classification_head", "score"))}
 
 
 def test_all_micro_batches_of_a_step_mix_alike(tmp_path: Path) -> None:

@@ -88,6 +88,22 @@ def test_none_keeps_what_the_user_set(tmp_path: Path) -> None:
     made.train()
 
 
+@pytest.mark.parametrize("by_fit", [False, True])
+def test_a_number_of_steps_of_the_user_does_not_cut_the_papers_epochs(
+    by_fit: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, data = model_and_batch("bert", "SEQ_CLS", rows=8)
+    model = get_model(model, ["full", Mosbach(epochs=3.0)])
+    args, given = quiet(tmp_path, max_steps=2), {"train_dataset": rows_of(data), "data_collator": default_data_collator}
+    with caplog.at_level(logging.INFO, logger="peft_plus"):
+        if by_fit:
+            (output,) = peft_plus.fit(model, args, **given)
+        else:
+            output = peft_plus.Trainer(model, args, **given).train()
+    assert output.global_step == 3
+    assert "max_steps 2 → -1" in caplog.text
+
+
 def test_of_several_stages_it_shapes_those_that_train_everything() -> None:
     model = get_model(tiny("bert"), ["lora", "lp_ft", Mosbach(learning_rate=1e-3)])
     by_train = {stage.train: stage.args for stage in model.peft_plus.stages}

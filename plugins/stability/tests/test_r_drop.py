@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import MixtralConfig, MixtralForCausalLM, default_data_collator
 
-from peft_plus import MethodError, Session, get_model
-from peft_plus_stability.r_drop import RDrop, has_dropout
+from peft_plus import MethodError, Run, Session, get_model
+from peft_plus_stability.r_drop import RDrop, has_dropout, in_one_row
 from tests.consistency import (
     TASKS,
     Grab,
@@ -251,3 +251,78 @@ def test_a_wrong_weight_is_refused() -> None:
         RDrop(weight=-1)
     with pytest.raises(MethodError, match="both make the passes"):
         get_model(tiny("bert"), {"full": {}, "r_drop": {}, "freelb": {}})
+
+
+# ---- packed texts, checkpointing, resume, TRL ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "packed"),
+    [
+        ({"position_ids": torch.tensor([[0, 1, 2, 0, 1]])}, True),
+        ({"position_ids": torch.tensor([[0, 1, 2, 3, 4]])}, False),
+        ({"position_ids": torch.tensor([[0, 1, 0, 1, 2]]), "attention_mask": torch.ones(1, 5)}, False),
+        ({"cu_seq_lens_q": torch.tensor([0, 3, 5])}, True),
+        ({}, False),
+    ],
+)
+def test_packed_texts_under_flash_attention_are_refused(more: dict[str, Tensor], packed: bool) -> None:
+    """It tells them apart by position in a batch of one row alone; the others make a mask, as in the test above."""
+    data = {"input_ids": torch.ones(1, 5, dtype=torch.long), **more}
+    assert in_one_row(data) == packed
+    model = tiny("llama", "CAUSAL_LM")
+    run = Run(model=model, task=None, num_blocks=3)  # type: ignore[arg-type]
+    assert RDrop().passes(run, data) is not None
+    model.config._attn_implementation = "flash_attention_2"  # type: ignore[union-attr]
+    if packed:
+        with pytest.raises(ValueError, match=r"flash attention.*batch of one row.*sdpa"):
+            RDrop().passes(run, data)
+    else:
+        assert RDrop().passes(run, data) is not None
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_changes_no_bit_of_it(reentrant: bool, tmp_path: Path) -> None:
+    ends = []
+    for more in (
+        {},
+        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": reentrant}},
+    ):
+        torch.manual_seed(0)
+        model, data = model_and_batch("bert", "SEQ_CLS")
+        model = get_model(dropping(model, 0.3), {"lora": {}, "r_drop": {"weight": 0.7}})
+        trainer_of(model, rows_of(data), tmp_path, max_steps=2, **more).train()
+        ends.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_a_run_resumed_after_any_step_ends_the_same_bit_for_bit(tmp_path: Path) -> None:
+    def run(resume: str | None) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model, data = model_and_batch("bert", "SEQ_CLS", rows=20)
+        model = get_model(dropping(model, 0.3), {"lora": {}, "r_drop": {}})
+        settings: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
+        settings["gradient_accumulation_steps"] = 2
+        trainer_of(model, rows_of(data), tmp_path, **settings).train(resume_from_checkpoint=resume)
+        return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    whole = run(None)
+    for step in (1, 2, 3):
+        again = run(str(tmp_path / f"checkpoint-{step}"))
+        assert all(torch.equal(whole[name], again[name]) for name in whole), step
+
+
+@pytest.mark.parametrize("tuner", ["prompt_tuning", "prefix_tuning"])
+@pytest.mark.parametrize(("name", "task"), [("bert", "SEQ_CLS"), ("llama", "CAUSAL_LM")])
+def test_both_copies_have_the_same_prompt(name: str, task: str, tuner: str, tmp_path: Path) -> None:
+    """Without dropout its gradient is the plain one."""
+    got = []
+    for more in ({}, {"r_drop": {}}):
+        torch.manual_seed(0)
+        model, data = model_and_batch(name, task)
+        grab = Grab()
+        model = get_model(model, {tuner: {"num_virtual_tokens": 3}, **more}, task=task)
+        trainer_of(model, rows_of(data), tmp_path, [grab], **ONE_STEP).train()
+        got.append(grab.gradients)
+    assert got[0]
+    assert distance(got[1], got[0]) < 1e-5
