@@ -3,8 +3,8 @@
     python -m benchmarks.soup                 # 4 groups of each kind, about 40 runs
     python -m benchmarks.soup --groups 1      # one of each
 
-The training of `benchmarks.stability`. The runs of a group begin with one head and adapter and differ in the order of the
-data and in dropout, or they differ in everything. Of each group: its runs alone, the best of them on the dev set, their
+The training of `benchmarks.stability`. The runs of a group begin with one head and adapter and differ in the order of
+the data and in dropout, or they differ in everything. Of each group: its runs alone, the best on the dev set, their
 uniform soup, and the greedy soup that the same dev set chose; accuracy on the dev set, on other Amazon sentences, and
 on movie sentences. Runs that are there are not made again.
 """

@@ -4,8 +4,8 @@
     python -m benchmarks.stability_cost --only r_drop ema    # some
     python -m benchmarks.stability_cost --tiny               # a tiny model: shows that it runs
 
-Plain and other loop take turns step by step on one thread; processor time, 16 rows of 32 tokens, the median of the steps
-of both. Whether a bound is held is said where there is one.
+Plain and other loop take turns step by step on one thread; processor time, 16 rows of 32 tokens, the median of the
+steps of both. Whether a bound is held is said where there is one.
 """
 
 from __future__ import annotations

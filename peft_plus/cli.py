@@ -252,12 +252,13 @@ def _facts(it: Description) -> Iterable[tuple[str, str]]:
         yield "conflicts", ", ".join(it.conflicts) or "none declared"
         if it.after:
             yield "after", ", ".join(it.after)
+    if it.kind in ("plugin", "tool"):
         yield "source", it.source or "none given"
         yield "measured", it.verdict.removeprefix("Measured: ") or "its distribution has no card for it"
         if it.card:
             yield "card", it.card
     if it.target:
-        yield "class", it.target
+        yield "function" if it.kind == "tool" else "class", it.target
 
 
 def _settings(settings: Sequence[Setting], width: int) -> RenderableType:

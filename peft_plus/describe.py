@@ -246,7 +246,8 @@ def items(section: str) -> dict[str, str]:
 
 def paragraphs_of(cls: Any) -> tuple[str, ...]:
     """A class's or function's own description, each paragraph on one line; code stays as it is."""
-    body = sections(vars(cls).get("__doc__") or "")[""]
+    own = vars(cls).get("__doc__") if isinstance(cls, type) else cls.__doc__  # a class inherits what it does not have
+    body = sections(own or "")[""]
     if body.startswith(f"{cls.__name__}("):  # what `dataclass` writes where there is no docstring
         return ()
     return tuple(p if p.startswith("```") else " ".join(p.split()) for p in body.split("\n\n") if p.strip())

@@ -25,6 +25,7 @@ from .arguments import (
     plan_in,
     plan_of,
 )
+from .budget import budgeted
 from .checkpoint_trouble import loading
 from .distributed import check_accelerator
 from .engine import Engine
@@ -119,6 +120,14 @@ class Bridge(SealedCheckpoints, Safeguards, TrainerLoss, _Trainer):
                     "its TrainingArguments, Trainer(model, args, …), rather than a model_init or no arguments."
                 )
         if plan:
+            self.args = budgeted(
+                plan,
+                self.stage or plan.stages[0],
+                self.model,
+                self.args,
+                self._training_data(),
+                evaluates=self.eval_dataset is not None,
+            )
             check_own_schedule(plan, self.stage or plan.stages[0], self.args)
         try:
             return super().train(*args, **kwargs)

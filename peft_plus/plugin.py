@@ -88,6 +88,18 @@ class Plugin:
             ValueError: a setting does not fit this model, e.g. a block past its depth, a pattern that matches nothing.
         """
 
+    def plan_budget(self, run: Run) -> Mapping[str, Any]:
+        """Before a Trainer begins a stage: which of its arguments the data ask for, by name, e.g. `num_train_epochs`.
+
+        Asked again by a resumed run, which must get the same answer: it may depend on the settings, the data and the
+        model as it was built. `run` stands where the stage begins; `run.examples()` goes through the data, and
+        `run.evaluates` tells whether there is something to evaluate on. A `Session` does not ask: its loop is yours.
+
+        Raises:
+            ValueError: a setting does not fit the data.
+        """
+        return {}
+
     def task_data(self, run: Run, dataset: Any) -> Any:
         """Once in each stage, when the loop makes its loader: the data to train on, changed or not. Plugins chain.
 
@@ -172,7 +184,7 @@ class Plugin:
         return None
 
     def effective_weight(self, run: Run, param: Param, value: Tensor) -> Tensor:
-        """For each micro-batch: the weight that its passes compute with in the place of `param`. Plugins chain.
+        """For each pass of a micro-batch: the weight to compute with in the place of `param`. Plugins chain.
 
         Asked of all in `run.params`, also while it is frozen: `value` requires a gradient where it trains now, and the
         answer for one that does not must stay the same until it does, since what frozen blocks put out may be stored.
@@ -316,6 +328,7 @@ HOOKS: tuple[str, ...] = (
     "plan_stages",
     "prepare_base",
     "on_build",
+    "plan_budget",
     "task_data",
     "sampler",
     "ever_trains",

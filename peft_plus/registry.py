@@ -192,6 +192,7 @@ FIRST_PARTY: Mapping[str, str] = {
     "smart": "peft-plus-stability",
     "lp_ft": "peft-plus-probing",
     "length_buckets": "peft-plus-incremental",
+    "adaptive": "peft-plus-stability",
     "child_tuning": "peft-plus-stability",
     "clip": "peft-plus-stability",
     "early_stop": "peft-plus-stability",

@@ -294,9 +294,11 @@ def test_a_stages_arguments_are_not_ignored(tmp_path: Path) -> None:
         def plan_stages(self, stages):
             return [Stage(args={"max_steps": 1})]
 
-    model = built(["lora", Planner()])
-    refused(trainer(model, tmp_path).train, MethodError, "'train' sets max_steps", "peft_plus.fit")
-    peft_plus.fit(model, trainer(built(), tmp_path).args, train_dataset=rows(), data_collator=default_data_collator)
+    made = trainer(built(["lora", Planner()]), tmp_path)
+    made.train()
+    assert made.state.global_step == 1
+    bare = peft_plus.Trainer(built(["lora", Planner()]), train_dataset=rows(), data_collator=default_data_collator)
+    refused(bare.train, MethodError, "The method sets max_steps", r"Trainer\(model, args")
 
 
 class OutOfRange(SequentialSampler):

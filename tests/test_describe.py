@@ -73,3 +73,15 @@ def test_settings_are_explained_by_the_nearest_docstring() -> None:
     kept, told = describe.settings_of(Child)
     assert (kept.name, kept.required, kept.default, kept.meaning) == ("kept", True, None, "from the base.")
     assert (told.name, told.required, told.default, told.meaning) == ("told", False, [], "from the child.")
+
+
+def test_a_tool_is_explained_by_its_docstring_its_parameters_and_its_card() -> None:
+    found = describe.describe("soup")
+    assert found.kind == "tool"
+    assert found.paragraphs[0].startswith("Average those finished runs that help")
+    rank = next(setting for setting in found.settings if setting.name == "rank")
+    assert (rank.required, rank.default) == (False, None)
+    assert all(setting.meaning for setting in found.settings)
+    assert "arXiv:2203.05482" in found.source
+    assert found.verdict.startswith("Measured: ")
+    assert found.card.endswith("soup.md")

@@ -71,6 +71,7 @@ STABILITY: dict[str, dict[str, Any]] = {
     "eda": {"special_ids": [0, 1, 2]},
     "noisy_tune": {},
     "reinit_top": {},
+    "adaptive": {"epochs": 2.0},
 }
 """Plugins, with settings that let a run of four steps show what they do; one of each area, and all of two of them."""
 
@@ -156,17 +157,17 @@ EXPECTED: dict[str, dict[str, str]] = {
     },
     "stability": {
         "SEQ_CLS": """
-            tuner          precision  none  smart  r4f  freelb  r_drop  neftune  token_cutoff  l2_sp  mixout  ema  swa  child_tuning  clip  loss_guard  early_stop  plateau  warm_restarts  mosbach  low_lr  lr_patterns  eda  noisy_tune  reinit_top  together
-            lora           fp32,nf4   +     +      +    +       +       +        +             +      +       +    +    +             +     +           +           +        +              +        +       +            +    B           B           +
-            ia3            fp32       +     +      +    +       +       +        +             +      +       +    +    +             +     +           +           +        +              +        +       +            +    B           B           +
-            prompt_tuning  fp32       +     +      +    +       +       +        +             +      +       +    +    +             +     +           +           +        +              +        +       +            +    B           B           +
-            linear_probe   fp32       +     +      +    +       +       +        +             +      M       +    +    H             +     +           +           +        +              +        +       +            +    B           B           H
-            full           fp32       +     +      +    +       +       +        +             +      +       +    +    +             +     +           +           +        +              +        +       +            +    +           +           +
+            tuner          precision  none  smart  r4f  freelb  r_drop  neftune  token_cutoff  l2_sp  mixout  ema  swa  child_tuning  clip  loss_guard  early_stop  plateau  warm_restarts  mosbach  low_lr  lr_patterns  eda  noisy_tune  reinit_top  adaptive  together
+            lora           fp32,nf4   +     +      +    +       +       +        +             +      +       +    +    +             +     +           +           +        +              +        +       +            +    B           B          +         +
+            ia3            fp32       +     +      +    +       +       +        +             +      +       +    +    +             +     +           +           +        +              +        +       +            +    B           B          +         +
+            prompt_tuning  fp32       +     +      +    +       +       +        +             +      +       +    +    +             +     +           +           +        +              +        +       +            +    B           B          +         +
+            linear_probe   fp32       +     +      +    +       +       +        +             +      M       +    +    H             +     +           +           +        +              +        +       +            +    B           B          +         H
+            full           fp32       +     +      +    +       +       +        +             +      +       +    +    +             +     +           +           +        +              +        +       +            +    +           +          +         +
         """,  # noqa: E501
         "CAUSAL_LM": """
-            tuner          precision  none  smart  r4f  freelb  r_drop  neftune  token_cutoff  l2_sp  mixout  ema  swa  child_tuning  clip  loss_guard  early_stop  plateau  warm_restarts  mosbach  low_lr  lr_patterns  eda  noisy_tune  reinit_top  together
-            lora           fp32       +     +      P    +       +       +        +             +      +       +    +    +             +     +           +           +        +              +        +       +            E    B           B           +
-            full           fp32       +     +      P    +       +       +        +             +      +       +    +    +             +     +           +           +        +              +        +       +            E    +           +           +
+            tuner          precision  none  smart  r4f  freelb  r_drop  neftune  token_cutoff  l2_sp  mixout  ema  swa  child_tuning  clip  loss_guard  early_stop  plateau  warm_restarts  mosbach  low_lr  lr_patterns  eda  noisy_tune  reinit_top  adaptive  together
+            lora           fp32       +     +      P    +       +       +        +             +      +       +    +    +             +     +           +           +        +              +        +       +            E    B           B          +         +
+            full           fp32       +     +      P    +       +       +        +             +      +       +    +    +             +     +           +           +        +              +        +       +            E    +           +          +         +
         """,  # noqa: E501
     },
 }

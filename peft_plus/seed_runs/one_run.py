@@ -8,6 +8,7 @@ import logging
 import shutil
 import sys
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -82,8 +83,10 @@ def run_once(
         peak_bytes=_peak_bytes(),
         versions={name: version(name) for name in ("peft-plus", "peft", "transformers", "torch")},
     )
+    alive = weakref.ref(trainer)
     del trainer
-    gc.collect()  # a Trainer and its callbacks hold each other, and the next run needs the memory
+    if alive() is not None:  # a Trainer and its callbacks hold each other, and the next run needs the memory
+        gc.collect()
     return result
 
 

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_ENDED = "ended by"
+
 Space = Mapping[str, "BaseDistribution | Callable[[Any], Any]"]
 
 
@@ -70,7 +72,7 @@ def search(
         factory: (`Seeds`, and by name what `space` holds) → a Trainer, not yet trained.
         space: name → a distribution of Optuna's, or a function of its trial, e.g.
             `lambda trial: 2 ** trial.suggest_int("log2_rank", 1, 5)`, called in this order.
-        trials: in all, failed ones too, ≥ 1. A later call may ask for more.
+        trials: in all, failed ones too, ≥ 1; fewer where the sampler has tried all. A later call may ask for more.
         metric: of the evaluation at a run's end; a pruner is told it at each one before.
         greater_is_better: by default less is better of what has `loss` in its name, else more.
         out: folder for the trials.
@@ -121,6 +123,9 @@ def search(
             seed=base if sampler is None else None,
             common=common,
         )
+        # By this a sampler says that it has tried all; Optuna's own refuses it outside `optimize`, which takes a trial
+        # that was interrupted for a failed one.
+        study.stop = partial(study.set_user_attr, _ENDED, type(study.sampler).__name__)
         while (trial := own.next_trial(trials)) is not None:
             own.attempt(trial)
         found = Trials.of(study, metric=metric, greater_is_better=upward, folder=folder)
@@ -180,7 +185,8 @@ class _Search:
         """The one that a call before was at, else a new one; None where all are there."""
         known = self.study.get_trials(deepcopy=False)
         at_work = next((trial for trial in known if trial.state == self.optuna.trial.TrialState.RUNNING), None)
-        if at_work is None and len(known) >= trials:
+        ended = self.study.user_attrs.get(_ENDED) == type(self.study.sampler).__name__
+        if at_work is None and (ended or len(known) >= trials):
             return None
         number = len(known) if at_work is None else at_work.number
         if self.seed is not None:

@@ -92,15 +92,19 @@ def greedy_soup(
 
     ```python
     def accuracy(folder):
-        return Trainer(from_pretrained(base(), folder), args, eval_dataset=dev, …).evaluate()["eval_accuracy"]
+        model = from_pretrained(base(), folder)
+        trainer = Trainer(model, args, eval_dataset=dev, compute_metrics=metrics)
+        return trainer.evaluate()["eval_accuracy"]
 
     greedy_soup(["out/seed-0", "out/seed-1", "out/seed-2"], "out/soup", accuracy)
     ```
 
     Args:
-        folders, out, rank: as in `uniform_soup`. A run that stays alone keeps its own rank.
-        evaluate: the score of a saved folder on the validation set. A run that scores NaN is left out.
+        folders: of adapters, or of whole models, as `save_pretrained` wrote them; one or more.
+        out: a new folder. Plain PEFT (of whole models: transformers) loads it.
+        evaluate: folder → its score on the validation set. A run that scores NaN is left out.
         greater_is_better: False for a loss.
+        rank: of each low-rank change at most, ≥ 1; None for the exact mean. A run that stays alone keeps its own.
     Raises:
         MethodError: a folder is damaged, or two do not fit together; names both.
         ValueError: as in `uniform_soup`; `evaluate` gives no number; no run scores one.

@@ -162,8 +162,11 @@ def test_a_metric_of_which_more_is_better_is_maximised(tmp_path: Path) -> None:
 
 def test_a_users_sampler_is_used_as_it_is(tmp_path: Path) -> None:
     grid = optuna.samplers.GridSampler({"x": [-0.5, 0.25]}, seed=0)
-    found = search(bowl, {"x": FloatDistribution(-1.0, 1.0)}, 2, sampler=grid, out=tmp_path)
-    assert {trial.params["x"] for trial in found.trials} == {-0.5, 0.25}
+    space = {"x": FloatDistribution(-1.0, 1.0)}
+    found = search(bowl, space, 9, sampler=grid, out=tmp_path)
+    assert sorted(trial.params["x"] for trial in found.trials) == [-0.5, 0.25]  # it has tried all
+    assert search(bowl, space, 9, sampler=grid, out=tmp_path) == found
+    assert len(search(bowl, space, 3, out=tmp_path).trials) == 3  # another sampler has not
 
 
 # ---- pruning -------------------------------------------------------------------------------------------------------
@@ -177,7 +180,7 @@ def test_a_pruned_trial_stops_in_its_first_run(tmp_path: Path) -> None:
         return steps[-1]
 
     grid = optuna.samplers.GridSampler({"x": [0.1, 0.9]}, seed=1)
-    above = optuna.pruners.ThresholdPruner(upper=0.5, n_warmup_steps=1)
+    above = optuna.pruners.ThresholdPruner(upper=0.5, n_warmup_steps=2)  # the first that counts
     found = search(factory, {"x": FloatDistribution(0.0, 1.0)}, 2, seeds=2, sampler=grid, pruner=above, out=tmp_path)
     by_x = {trial.params["x"]: trial for trial in found.trials}
     assert (by_x[0.1].state, by_x[0.1].values) == ("complete", (0.1, 0.1))

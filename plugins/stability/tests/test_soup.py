@@ -20,7 +20,8 @@ from transformers import AutoModelForSequenceClassification
 from peft_plus import MethodError, attach, from_pretrained, get_model
 from peft_plus.adapter_folder import WEIGHTS
 from peft_plus_stability.soup import greedy_soup, uniform_soup
-from tests.models import batch, tiny
+from tests.consistency import trainer_of
+from tests.models import batch, rows_of, tiny
 
 DENSE = ["query", "value", "output.dense"]
 VALIDATION = batch("bert", rows=32, seed=9)
@@ -258,6 +259,24 @@ def test_shards_cut_elsewhere_are_found(tmp_path: Path) -> None:
     uniform_soup(runs, tmp_path / "soup")
     states = [AutoModelForSequenceClassification.from_pretrained(f).state_dict() for f in [*runs, tmp_path / "soup"]]
     assert all(torch.allclose(states[2][k], (states[0][k] + states[1][k]) / 2, atol=1e-7) for k in states[0])
+
+
+@pytest.mark.usefixtures("one_accelerator_at_a_time")
+@pytest.mark.parametrize("tuner", ["full", "lora"])
+def test_checkpoints_of_a_trainer_are_runs_too(tuner: str, tmp_path: Path) -> None:
+    """Their folders hold more than a model, and nothing of that may come along."""
+    model, rows = get_model(tiny("bert"), tuner), rows_of(batch("bert", rows=8))
+    trainer_of(model, rows, tmp_path / "out", max_steps=3, save_strategy="steps", save_steps=1).train()
+    runs = [tmp_path / "out" / f"checkpoint-{step}" for step in (1, 2, 3)]
+    soup = uniform_soup(runs, tmp_path / "soup")
+    if tuner == "lora":
+        check_merged(soup.folder, mean_of_merged(runs))
+        return
+    files = [load_file(folder / "model.safetensors") for folder in [*runs, soup.folder]]
+    assert all(torch.allclose(sum(f[k] for f in files[:3]) / 3, files[3][k], atol=1e-7) for k in files[3])
+    assert {path.name for path in soup.folder.iterdir()} == {
+        "config.json", "model.safetensors", "peft_plus.json", "soup.json"
+    }  # fmt: skip
 
 
 # ---- the greedy soup -----------------------------------------------------------------------------------------------
