@@ -227,6 +227,8 @@ def look_at(run: Run, *, probe: bool) -> tuple[np.ndarray, np.ndarray | None]:
         if probe and classifies and single and len(features) * 16 < PROBED and run.num_blocks:
             hidden = run.hidden(batch, run.num_blocks).float()
             mask = batch.get("attention_mask")
+            if mask is not None:
+                hidden = hidden[:, -mask.shape[1] :]  # without a prompt's virtual tokens
             weights = torch.ones(hidden.shape[:2]) if mask is None else mask.float()
             weights = weights.to(hidden.device)[..., None]
             features.append(((hidden * weights).sum(1) / weights.sum(1).clamp(min=1)).cpu())
