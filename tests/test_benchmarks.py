@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import batching, overhead
+from benchmarks import batching, overhead, stability, stability_cost
 from benchmarks.turns import Turn, difference, take_turns
 
 
@@ -111,3 +111,18 @@ def test_batching_prints_its_tables(capsys: pytest.CaptureFixture[str]):
         assert 1 <= ours < theirs  # the same examples, less padding
     for _, _, _, shuffled, grouped, buckets in padding:
         assert 1 <= float(buckets) < float(grouped) < float(shuffled)
+
+
+def test_the_cost_of_a_stability_step_is_a_ratio_with_its_bound(capsys: pytest.CaptureFixture[str]) -> None:
+    stability_cost.main(["--tiny", "--steps", "5", "--only", "ema", "clip"])
+    (table,) = tables(capsys.readouterr().out)
+    assert [row[0] for row in table] == ["ema", "clip"]
+    assert all(float(row[1]) > 0.5 for row in table)
+    assert table[0][3].startswith("≤ 1.1: ")
+    assert table[1][3] == ""
+
+
+def test_a_title_of_the_seeds_benchmark_is_a_method() -> None:
+    assert stability.plugins_of("lora") == {}
+    assert stability.plugins_of("r3f") == {"r3f": {"eps": 0.05}}
+    assert stability.plugins_of('swa+{"ema": {"decay": 0.5}}') == {"swa": {}, "ema": {"decay": 0.5}}

@@ -47,11 +47,18 @@ def test_a_process_that_dies_is_one_failed_run_and_no_neighbour_begins_again(tmp
 
 
 def test_a_process_makes_one_run_after_another(tmp_path: Path) -> None:
-    found = dict(in_processes(living(tmp_path), [4, 5, 6], 1))
+    found = dict(in_processes(living(tmp_path), [4, 5, 6], 1, fraction=0.25))
     pids = {result.metrics["pid"] for result in found.values() if isinstance(result, RunResult)}
     assert len(pids) == 1
     assert os.getpid() not in pids
+    assert all(result.metrics["fraction"] == 0.25 for result in found.values() if isinstance(result, RunResult))
     assert until(lambda: not psutil.pid_exists(int(pids.pop())))
+
+
+def test_processes_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    found = dict(in_processes(living(tmp_path), [0, 1], cores()))
+    assert {result.metrics["threads"] for result in found.values() if isinstance(result, RunResult)} == {1}
 
 
 def test_closing_ends_all_runs_at_once(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from peft_plus.seed_runs.call import Call
 from peft_plus.seed_runs.results import RunResult
 
@@ -85,7 +87,8 @@ class Living(Call):
         if number == self.killed:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(self.seconds)
-        return RunResult(number=number, seeds={}, metrics={"pid": os.getpid()}, peak_bytes=1)
+        told = {"pid": os.getpid(), "threads": torch.get_num_threads(), "fraction": fraction or 1.0}
+        return RunResult(number=number, seeds={}, metrics=told, peak_bytes=1)
 
     def attempts(self, number: int) -> int:
         return len(list(self.out.glob(f"attempt-{number}-*")))
