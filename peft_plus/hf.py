@@ -33,6 +33,7 @@ from .errors import MethodError
 from .forward import FirstPass
 from .own_schedule import check_own_schedule, replaces_scheduler
 from .rehearsal import check_adapter_folder
+from .renamed_weights import left_out, load_by_their_class
 from .safeguards import Safeguards
 from .sampling import order, order_plugin, order_taken_from
 from .saving import THAWED, load_thawed
@@ -64,6 +65,7 @@ class Bridge(SealedCheckpoints, Safeguards, TrainerLoss, _Trainer):
     _order_taken: bool = False
     _stage_data: StageData | None = None
     _data_taken: bool = False
+    _loads: str | None = None  # the folder that weights are loaded from
     _evaluations: int = 0  # under way; one of several datasets makes one for each
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -252,6 +254,7 @@ class Bridge(SealedCheckpoints, Safeguards, TrainerLoss, _Trainer):
             check_sharded_resume(self.accelerator, self.model, resume_from_checkpoint)
             if isinstance(self.model, PeftModel):
                 check_adapter_folder(resume_from_checkpoint, self.model, engine_owned=self.is_fsdp_enabled)
+            self._loads = resume_from_checkpoint
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             if self.is_fsdp_enabled:
                 load_sharded_weights(self.accelerator, self.model, resume_from_checkpoint)
@@ -262,12 +265,20 @@ class Bridge(SealedCheckpoints, Safeguards, TrainerLoss, _Trainer):
     def _load_best_model(self) -> None:
         # The best checkpoint may be older than a layer's thawing: prove first, then load.
         self._prove()
+        self._loads = self.state.best_model_checkpoint
         super()._load_best_model()
         best = self.state.best_model_checkpoint
         if best and self.is_fsdp_enabled:
             load_sharded_weights(self.accelerator, self.model, best)
         elif best and (Path(best) / THAWED).is_file():
             load_thawed(self.model, best)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        missing = left_out(self.model, load_result.missing_keys)
+        if missing and self._loads and plan_of(self.model) is not None and not isinstance(self.model, PeftModel):
+            load_by_their_class(self.model, self._loads)
+        else:
+            super()._issue_warnings_after_load(load_result)
 
     def _begin(self) -> None:
         if self._engine is None:

@@ -20,6 +20,7 @@ from .distributed import gather
 from .errors import CheckpointError, MethodError
 from .find_checkpoint import newest_whole, rotate
 from .random_state import rng_state
+from .renamed_weights import left_out, load_by_their_class
 from .run_identity import compare, identity
 from .saving import THAWED, load_thawed
 from .state_files import has_state, read_state, write_state
@@ -153,11 +154,8 @@ def _load_full(model: nn.Module, folder: Path) -> None:
     for shard in shards or ["model.safetensors"]:
         weights |= load_file(folder / shard)
     result = model.load_state_dict(weights, strict=False)
-    loaded = {tensor.data_ptr() for name, tensor in model.state_dict().items() if name in weights}
-    missing = [name for name in result.missing_keys if model.state_dict()[name].data_ptr() not in loaded]  # not tied
-    if missing or result.unexpected_keys:
-        odd = (missing + result.unexpected_keys)[0]
-        raise CheckpointError(f"{folder} does not hold this model: {odd!r} is in one of them only.")
+    if left_out(model, result.missing_keys) or result.unexpected_keys:
+        load_by_their_class(model, folder)
 
 
 def _identity(session: Session) -> dict[str, Any]:
