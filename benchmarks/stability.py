@@ -164,10 +164,18 @@ def report(runs: Mapping[str, Any], baseline: str, drawing: Path | None = None) 
     parts: list[str] = []
     for metric, name in (("eval_accuracy", "dev"), ("test_accuracy", "test")):
         own = {title: replace(one, metric=metric) for title, one in runs.items()}
-        parts.append(f"{name} set, {metric}:\n\n{compare_table(own, baseline=baseline)}")
+        majority = largest_class(data()[name]["labels"])
+        parts.append(f"{name} set, {metric}:\n\n{compare_table(own, baseline=baseline, majority=majority)}")
         if drawing is not None and name == "test":
             plot(own, drawing)
     return "\n\n".join(parts)
+
+
+def largest_class(labels: Any) -> float:
+    """Its share."""
+    import numpy as np
+
+    return float(np.unique(np.asarray(labels), return_counts=True)[1].max() / len(labels))
 
 
 if __name__ == "__main__":

@@ -218,6 +218,7 @@ FIRST_PARTY: Mapping[str, str] = {
 """Plugins of this project that may not be installed, so that an error can name the distribution."""
 
 FIRST_PARTY_TOOLS: Mapping[str, str] = {
+    "search": "peft-plus-stability",
     "soup": "peft-plus-stability",
 }
 """Its tools, likewise."""

@@ -37,10 +37,8 @@ def test_a_resumed_trainer_ends_bit_identical(name: str, best: bool, tmp_path: P
     data = rows(name)
 
     def made() -> Any:
-        model = built("full", name)
-        return trainer(
-            model, tmp_path, data, learning_rate=1e-2, **saving, **({"eval_dataset": data[:4]} if best else {})
-        )
+        evaluated = {"eval_dataset": data[:4]} if best else {}
+        return trainer(built("full", name), tmp_path, data, learning_rate=1e-2, **saving, **evaluated)
 
     whole = made()
     whole.train()
