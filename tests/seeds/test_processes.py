@@ -7,8 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +71,10 @@ def test_closing_ends_all_runs_at_once(tmp_path: Path) -> None:
 
 
 SCRIPT = """
+import signal
 import sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 from peft_plus.seed_runs.several import run_all
 from tests.seeds.told_runs import living, nothing
 from peft_plus import seeds
@@ -84,10 +86,12 @@ def own(seeds):
 """
 
 
-def script(folder: Path, body: str) -> subprocess.Popen[str]:
+@contextmanager
+def script(folder: Path, body: str) -> Iterator[subprocess.Popen[str]]:
+    """A script that runs, and never outlives the test."""
     file = folder / "script.py"
     file.write_text(SCRIPT.format(body=body))
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, str(file)],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -95,6 +99,11 @@ def script(folder: Path, body: str) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
     )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_no_process_goes_on_when_the_one_that_began_it_is_killed(tmp_path: Path) -> None:
