@@ -70,7 +70,7 @@ def budgeted(
             f"{who(owners[next(iter(fixed))], plan.origins)} chooses {', '.join(chosen)} by the data, and the method "
             f"sets {', '.join(f'{name}={value!r}' for name, value in fixed.items())}. Drop one of them."
         )
-    return arguments_of(Stage(name=stage.name, args=chosen), args)
+    return arguments_of(Stage(name=stage.name, args=chosen), args) if chosen else args
 
 
 def _answer(plan: Plan, plugin: Plugin, run: Any) -> Mapping[str, Any]:

@@ -74,7 +74,7 @@ class Bridge(SealedCheckpoints, Safeguards, TrainerLoss, _Trainer):
             check_adapter(given, args, kwargs)
             check_objective(given, type(self))
             found = find_argument(TrainingArguments, args, kwargs)
-            if found is not None and len(given.stages) == 1:
+            if found is not None and len(given.stages) == 1 and given.stages[0].args:
                 planned = arguments_of(given.stages[0], found)
                 args = tuple(planned if value is found else value for value in args)
                 kwargs = {name: planned if value is found else value for name, value in kwargs.items()}

@@ -388,7 +388,7 @@ def test_a_second_tuner(method: Any) -> None:
 def test_attach_wants_a_model_and_a_method() -> None:
     refused(lambda: attach("bert", "r3f"), "'bert'", "get_model")  # type: ignore[arg-type]
     refused(lambda: attach(tiny("bert"), None), "None", "give a name")
-    refused(lambda: attach(tiny("bert"), "r4f"), "'r4f'", "Did you mean 'r3f'?")
+    refused(lambda: attach(tiny("bert"), "gradual_unfreze"), "'gradual_unfreze'", "Did you mean 'gradual_unfreeze'?")
     prompted = get_peft_model(tiny("bert"), PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2))
     refused(lambda: attach(prompted, "llrd"), "'llrd'", "'prompt_tuning' has none")
 
