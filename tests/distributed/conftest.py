@@ -41,7 +41,7 @@ LAUNCHED = {
     ),
     "fsdp2": (
         *("lora", "gradual_unfreeze", "llrd", "lisa, AdamW", "surgical", "r3f", "all", "accumulation", "checkpointing"),
-        *("smart, without a teacher", "noise at the trunk", "thawed", "stability, AdamW", *RESUMED),
+        *("smart, without a teacher", "noise at the trunk", "thawed", "stability, fp32", *RESUMED),
     ),
     "trainer, evaluated": ("told",),
     "fsdp2, evaluated": ("told", "told, AdamW"),
