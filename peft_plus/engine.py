@@ -78,6 +78,7 @@ class Engine:
         self._measured = False  # by an evaluation that plugins were not told of
         self.eval_weights = EvalWeights(plan, stage, self.weights)
         self._training_weights: Mapping[str, Tensor] = {}  # of the checkpoint that it goes on from
+        self._sealed: dict[str, Tensor] | None = None  # the weights that train, for the checkpoint at work
         self.rejected = False  # whether a plugin refused the update at work
         self.trunk: TrunkService | None = None
         self._trunk_state: Mapping[str, Any] | None = None
@@ -362,6 +363,11 @@ class Engine:
 
     def evaluation_ended(self) -> None:
         """Each dataset of an evaluation has returned, and nothing of this step was saved yet."""
+        if self._measured and self.eval_weights.inside is not None:
+            raise MethodError(
+                "An evaluation was told of while the weights to evaluate stood in the model: call session.evaluated(…) "
+                "after `with session.eval_weights():`, not within it."
+            )
         if self._measured:
             self._measured = False
             self._tell("on_evaluate")
@@ -372,8 +378,14 @@ class Engine:
         Args:
             beside: a folder beside the checkpoints, where the loop gave `begin` none.
         """
+        self._sealed = self.eval_weights.training(self.run)  # only one process asks for the state afterwards
         if self.trunk is not None:
             self.trunk.seal(beside)
+
+    def _training_now(self) -> dict[str, Tensor]:
+        """The weights that train, where the model files hold others: as every process found them in `seal`."""
+        sealed, self._sealed = self._sealed, None
+        return self.eval_weights.training(self.run) if sealed is None else sealed
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of this stage, and of how the ones before went, as plain values and tensors."""
@@ -384,7 +396,7 @@ class Engine:
             "stop_reasons": list(self.run.stop_reasons),
             "kept": self.weights.kept,
             "kept_states": self.weights.kept_states,
-            "training_weights": self.eval_weights.training(self.run),
+            "training_weights": self._training_now(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -439,8 +451,7 @@ class Engine:
 
     def close(self) -> None:
         """Give the model back as `get_model` made it: every parameter of the plan trainable."""
-        if hasattr(self, "_effective"):
-            self._effective.take_back()
+        self.weights_back()
         self._restore_graph()
         if self.trunk is not None:
             # Who stopped it by a callback may go on later.
@@ -448,9 +459,15 @@ class Engine:
             self.trunk = None
         self.effects.close()
 
+    def weights_back(self) -> None:
+        """The weights that train stand in the model again, also where a micro-batch broke off."""
+        if hasattr(self, "_effective"):
+            self._effective.take_back()
+
     @contextmanager
     def evaluating(self) -> Generator[None]:
         """While this is open, the weights to evaluate and to save stand in the model. Every process must open it."""
+        self.weights_back()
         if not hasattr(self, "run") or self._finished:
             yield
             return

@@ -59,7 +59,8 @@ class EvalWeights:
         """The weights that train, where a checkpoint's model files hold others: whole, in memory."""
         names = list(self.inside if self.inside is not None else self._asked(run) or ())
         inside = self.inside or {}
-        return {name: inside.get(name, self._weights.whole(name)).to("cpu", copy=True) for name in names}
+        now = ((name, inside[name] if name in inside else self._weights.whole(name)) for name in names)
+        return {name: tensor.to("cpu", copy=True) for name, tensor in now}
 
     def _asked(self, run: Run) -> Mapping[str, Tensor] | None:
         if self._plugin is None:

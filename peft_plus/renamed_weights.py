@@ -30,8 +30,9 @@ def load_by_their_class(model: Any, folder: str | Path) -> None:
     Raises:
         CheckpointError: it does not hold all of this model.
     """
-    cls = type(model)
-    fresh, told = cls.from_pretrained(folder, config=model.config, dtype=model.dtype, output_loading_info=True)
+    cls, double = type(model), any(tensor.dtype == torch.float64 for tensor in model.parameters())
+    wide = torch.float64 if double else torch.float32  # so that parts of another dtype than the rest lose nothing
+    fresh, told = cls.from_pretrained(folder, config=model.config, dtype=wide, output_loading_info=True)
     lacking = [*told["missing_keys"], *(str(key) for key in told["mismatched_keys"])]
     if lacking:
         raise CheckpointError(f"{folder} does not hold this model: {sorted(lacking)[0]!r} is not in it.")

@@ -111,6 +111,8 @@ class TrainerLoss(_Trainer):
             raise
         finally:
             self._in_step = False
+            if self._engine is not None:
+                self._engine.weights_back()
             self._first_pass.begin({})  # lets go of the logits
         if self._engine is not None:
             self._engine.after_backward()

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback, default_data_collator
 
@@ -229,3 +230,27 @@ def test_a_frozen_weight_is_exchanged_too(tmp_path: Path) -> None:
     run.train()
     assert run.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-5)
     assert not torch.equal(model.get_parameter("classifier.weight"), before)
+
+
+@dataclass(kw_only=True)
+class Breaks(Plugin):
+    """Fails in its third step."""
+
+    name: ClassVar[str] = "breaks"
+
+    def loss_terms(self, run, batch, output):
+        if run.step == 2:
+            raise RuntimeError("no more")
+        return {}
+
+
+def test_what_is_rescued_from_a_run_that_broke_off_is_the_weights_themselves(tmp_path: Path) -> None:
+    broken = get_model(tiny("bert"), ["full", Scaled(), Breaks()])
+    with pytest.raises(PluginError, match="no more"):
+        trainer(broken, tmp_path).train()
+    whole = get_model(tiny("bert"), ["full", Scaled()])
+    trainer(whole, tmp_path / "whole", save_strategy="steps", save_steps=2).train()
+    saved = load_file(tmp_path / "stopped" / "model.safetensors")
+    wanted = load_file(tmp_path / "whole" / "checkpoint-2" / "model.safetensors")
+    assert saved.keys() == wanted.keys()
+    assert all(torch.equal(saved[name], wanted[name]) for name in wanted)

@@ -162,3 +162,16 @@ def test_a_wrong_answer_and_a_second_owner_are_told(tmp_path: Path) -> None:
     other = type("Other", (Mean,), {"name": "other"})
     with pytest.raises(MethodError, match="both say which weights are evaluated and saved"):
         get_model(tiny("bert"), ["full", Mean(), other()])
+
+
+def test_an_evaluation_told_of_too_early_is_an_error() -> None:
+    """Weights put back within would be overwritten without a word."""
+    model = get_model(tiny("bert"), ["lora", Mean()])
+    session = Session(model, Accelerator(cpu=True), max_steps=2)
+    optimizer = session.optimizer(torch.optim.AdamW, lr=1e-2)
+    loader = session.loader(rows(), 4, collate_fn=default_data_collator)
+    batch = next(session.batches(loader))
+    session.accelerator.backward(session.loss(batch))
+    optimizer.step()
+    with session.eval_weights(), pytest.raises(MethodError, match=r"after `with session.eval_weights"):
+        session.evaluated({"eval_loss": 1.0})

@@ -21,7 +21,9 @@ LIMIT = 300
 """Seconds for all scenarios: several times what they take, so that only a hang meets it."""
 
 RESUMED = ("all, AdamW, fp32", "thawed, in turns", "told, AdamW")
-"""What is also interrupted and resumed under FSDP2, which must end as the run that was not."""
+AVERAGED = ("ema, AdamW",)
+"""What is also interrupted and resumed under FSDP2, which must end as the run that was not; the first also loads its best
+model, whose weights are those of a step."""
 
 LAUNCHED = {
     "trainer": (
@@ -41,7 +43,7 @@ LAUNCHED = {
     ),
     "fsdp2": (
         *("lora", "gradual_unfreeze", "llrd", "lisa, AdamW", "surgical", "r3f", "all", "accumulation", "checkpointing"),
-        *("smart, without a teacher", "noise at the trunk", "thawed", "stability, fp32", *RESUMED),
+        *("smart, without a teacher", "noise at the trunk", "thawed", "stability, fp32", *RESUMED, *AVERAGED),
     ),
     "trainer, evaluated": ("told",),
     "fsdp2, evaluated": ("told", "told, AdamW"),
@@ -54,7 +56,7 @@ LAUNCHED = {
 STORED = ("trunk_cache", "trunk_cache, thawing")
 """What is also interrupted and resumed by a Trainer and under DDP."""
 
-INTERRUPTED = {"resumed": STORED, "fsdp2, resumed": RESUMED, "fsdp2, best": RESUMED, "fsdp2, refused": ("lora",)}
+INTERRUPTED = {"resumed": STORED, "fsdp2, resumed": RESUMED + AVERAGED, "fsdp2, best": RESUMED, "fsdp2, refused": ("lora",)}
 """Likewise, for runs in two parts."""
 
 

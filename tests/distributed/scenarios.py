@@ -193,6 +193,7 @@ SCENARIOS: dict[str, Scenario] = {
     "stability": Scenario({"lora": LORA, "mixout": {}, "l2_sp": {}, **STEADY}, rows=64, accumulation=2, exact=True),
     "stability, full": Scenario({"full": {}, "r_drop": {}, "token_cutoff": {"share": 0.4}, **GUARDED}, exact=True),
     "stability, AdamW": Scenario({"lora": LORA, **STEADY}, adamw=True, exact=True),
+    "ema, AdamW": Scenario({"lora": LORA, "ema": {"decay": 0.5}}, adamw=True, bound=1e-5),
     "stability, fp32": Scenario({"lora": LORA, **STEADY}, bound=1e-5),
     "r4f": Scenario({"lora": LORA, "r4f": NOISE}, exact=True),
     "lp_ft": Scenario({"lora": LORA, "lp_ft": {"probe_epochs": 0.5, "probe_lr": 0.05}}, stages=True),

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from peft_plus import load_thawed
 from tests.models import tiny
 
-from .conftest import LAUNCHED, RESUMED, STORED
+from .conftest import AVERAGED, LAUNCHED, RESUMED, STORED
 from .loops import run
 from .scenarios import QUIET, SCENARIOS, Scenario, Weights
 
@@ -92,7 +92,7 @@ def test_a_sharded_model_saves_whole(name: str, two_processes: Launched) -> None
         assert torch.equal(whole[parameter], trained), parameter
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("name", RESUMED + AVERAGED)
 def test_a_sharded_run_ends_as_if_it_had_not_been_interrupted(name: str, two_processes: Launched) -> None:
     """Though at step 3, where it was saved, some of what may train had not trained yet, or rested again."""
     for rank in (0, 1):

@@ -55,7 +55,7 @@ class Adaptive(Plugin):
 
     name: ClassVar[str] = "adaptive"
     source: ClassVar[str] = "Mosbach et al. 2021, arXiv:2006.04884, for the number of epochs, warm-up and rate"
-    conflicts: ClassVar[tuple[str, ...]] = ("mosbach", "early_stop", "freeze")
+    conflicts: ClassVar[tuple[str, ...]] = ("mosbach", "early_stop", "freeze", "ema", "swa", "r4f")
 
     epochs: float | None = None
     learning_rate: float | None = None
