@@ -22,8 +22,8 @@ LIMIT = 300
 
 RESUMED = ("all, AdamW, fp32", "thawed, in turns", "told, AdamW")
 AVERAGED = ("ema, AdamW",)
-"""What is also interrupted and resumed under FSDP2, which must end as the run that was not; the first also loads its best
-model, whose weights are those of a step."""
+"""What is also interrupted and resumed under FSDP2, which must end as the run that was not. Of the first the best model
+is loaded, too, whose weights are those of a step."""
 
 LAUNCHED = {
     "trainer": (
@@ -56,7 +56,12 @@ LAUNCHED = {
 STORED = ("trunk_cache", "trunk_cache, thawing")
 """What is also interrupted and resumed by a Trainer and under DDP."""
 
-INTERRUPTED = {"resumed": STORED, "fsdp2, resumed": RESUMED + AVERAGED, "fsdp2, best": RESUMED, "fsdp2, refused": ("lora",)}
+INTERRUPTED = {
+    "resumed": STORED,
+    "fsdp2, resumed": RESUMED + AVERAGED,
+    "fsdp2, best": RESUMED,
+    "fsdp2, refused": ("lora",),
+}
 """Likewise, for runs in two parts."""
 
 
