@@ -6,7 +6,7 @@ Everything here happens before a base model loads, so every error is cheap.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -126,9 +126,7 @@ def resolve(method: Any, loose: Mapping[str, Any] | None = None, task_type: str 
     _check_conflicts(plugins, origins)
     ordered = _ordered(plugins)
     stages = plan_stages(ordered, origins)
-    _check_one_order(ordered, origins, stages)
-    _check_one_schedule(ordered, origins, stages)
-    _check_one_owner(ordered, origins, stages)
+    _check_rivals(ordered, origins, stages)
     return Method(tuners[0] if tuners else None, ordered, origins, stages)
 
 
@@ -338,40 +336,35 @@ def _check_conflicts(plugins: Sequence[Plugin], origins: Mapping[str, str]) -> N
                 )
 
 
-def _check_one_order(plugins: Sequence[Plugin], origins: Mapping[str, str], stages: Sequence[Stage]) -> None:
-    """Raise MethodError where two plugins set the order of one stage's data."""
+_ONE_OF: Mapping[str, tuple[Callable[[Plugin], bool], str]] = {
+    "sampler": (lambda plugin: "sampler" in plugin.hooks(), "both set the order of the data, of which there is one"),
+    "passes": (lambda plugin: "passes" in plugin.hooks(), "both make the passes of a micro-batch"),
+    "eval_weights": (
+        lambda plugin: "eval_weights" in plugin.hooks(),
+        "both say which weights are evaluated and saved",
+    ),
+    "schedule": (
+        lambda plugin: plugin.schedule,
+        "are both learning-rate schedules, of which a stage has one",
+    ),
+}
+"""What a stage has one of: title → whether a plugin is one, and what two of them would do."""
+
+
+def _check_rivals(plugins: Sequence[Plugin], origins: Mapping[str, str], stages: Sequence[Stage]) -> None:
+    """Raise MethodError where two plugins of one stage cannot both be right."""
     for stage in stages:
-        named = [p for p in plugins if "sampler" in p.hooks() and (stage.plugins is None or p.name in stage.plugins)]
-        if len(named) > 1:
-            raise MethodError(
-                f"{who(named[0], origins)} and {who(named[1], origins)} both set the order of the data, of which there "
-                "is one. Drop one of them."
-            )
-
-
-_OWNED = {"passes": "make the passes of a micro-batch", "eval_weights": "say which weights are evaluated and saved"}
-"""Hooks of which a stage has one: hook → what several plugins would then do."""
-
-
-def _check_one_owner(plugins: Sequence[Plugin], origins: Mapping[str, str], stages: Sequence[Stage]) -> None:
-    """Raise MethodError where two plugins of one stage answer a hook that only one can."""
-    for stage in stages:
-        for hook, what in _OWNED.items():
-            named = [p for p in plugins if hook in p.hooks() and (stage.plugins is None or p.name in stage.plugins)]
+        there = [p for p in plugins if stage.plugins is None or p.name in stage.plugins]
+        for is_one, what in _ONE_OF.values():
+            named = [p for p in there if is_one(p)]
             if len(named) > 1:
-                raise MethodError(
-                    f"{who(named[0], origins)} and {who(named[1], origins)} both {what}. Drop one of them."
-                )
-
-
-def _check_one_schedule(plugins: Sequence[Plugin], origins: Mapping[str, str], stages: Sequence[Stage]) -> None:
-    """Raise MethodError where two plugins of one stage are learning-rate schedules."""
-    for stage in stages:
-        named = [p for p in plugins if p.schedule and (stage.plugins is None or p.name in stage.plugins)]
-        if len(named) > 1:
+                raise MethodError(f"{who(named[0], origins)} and {who(named[1], origins)} {what}. Drop one of them.")
+        back = next((p for p in there if p.restores_best), None)
+        others = next((p for p in there if "eval_weights" in p.hooks()), None)
+        if back is not None and others is not None and back is not others:
             raise MethodError(
-                f"{who(named[0], origins)} and {who(named[1], origins)} are both learning-rate schedules, of which a "
-                "stage has one. Drop one of them."
+                f"{who(back, origins)} puts back the weights that were best when evaluated, and {who(others, origins)} "
+                "has others evaluated than those that train. Drop one of them, or let the first put nothing back."
             )
 
 

@@ -66,6 +66,7 @@ class Bridge(SealedCheckpoints, Safeguards, TrainerLoss, _Trainer):
     _stage_data: StageData | None = None
     _data_taken: bool = False
     _loads: str | None = None  # the folder that weights are loaded from
+    _budget: tuple[Any, Any] = (None, None)  # the arguments that the last run was given, and those it ran with
     _evaluations: int = 0  # under way; one of several datasets makes one for each
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -122,14 +123,17 @@ class Bridge(SealedCheckpoints, Safeguards, TrainerLoss, _Trainer):
                     "its TrainingArguments, Trainer(model, args, …), rather than a model_init or no arguments."
                 )
         if plan:
+            given, budget = self._budget
+            given = given if budget is self.args else self.args  # a second run chooses anew, from what the user gave
             self.args = budgeted(
                 plan,
                 self.stage or plan.stages[0],
                 self.model,
-                self.args,
+                given,
                 self._training_data(),
                 evaluates=self.eval_dataset is not None,
             )
+            self._budget = given, self.args
             check_own_schedule(plan, self.stage or plan.stages[0], self.args)
         try:
             return super().train(*args, **kwargs)

@@ -6,10 +6,10 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .ask import ask, origin_of
+from .batch_rows import repeated
 from .compose import Plan
 from .errors import PluginError
 from .forward import NoiseError, perturbed
@@ -112,20 +112,3 @@ class MicroBatchPasses:
         if not isinstance(one, Pass) or one.copies < 1:
             raise PluginError(f"{label}: its passes gave {one!r}; expected a Pass with copies ≥ 1.")
         return one
-
-
-def repeated(batch: Mapping[str, Any], copies: int) -> Mapping[str, Any]:
-    """The batch so many times, one after another: each tensor with as many rows as the first, each list of that length.
-
-    Shapes (rows, …) → (copies · rows, …).
-    """
-    if copies == 1:
-        return batch
-    rows = next(len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim())
-
-    def longer(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.dim() and len(value) == rows:
-            return torch.cat([value] * copies)
-        return value * copies if isinstance(value, list) and len(value) == rows else value
-
-    return {name: longer(value) for name, value in batch.items()}

@@ -65,6 +65,14 @@ class Plugin:
     on_freeze: ClassVar[Literal["keep", "drop_state"]] = "keep"
     schedule: ClassVar[bool] = False
 
+    @property
+    def restores_best(self) -> bool:
+        """Whether, with these settings, it puts back weights for having been best when evaluated.
+
+        Refused beside a plugin with `eval_weights`, which has others evaluated than those that train.
+        """
+        return False
+
     def plan_stages(self, stages: Sequence[Stage]) -> Sequence[Stage]:
         """Once, before anything loads: the stages to run, changed or not. Plugins chain, in order."""
         return stages
@@ -219,7 +227,8 @@ class Plugin:
 
         Args:
             loss: the task's, the mean over the step and all processes.
-            norm: of all gradients, before clipping. Both may be NaN or infinite, and are equal on every process.
+            norm: of all gradients; before a Trainer's clipping, after that of a `Session`'s loop. Both may be NaN or
+                infinite, and are equal on every process.
         """
         return True
 

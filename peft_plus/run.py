@@ -153,7 +153,7 @@ class Run:
         So it is the same on one process and on several. Where a pass has copies of the batch (`Pass.copies`), each has
         numbers of its own.
         """
-        from .step_loss import number_of_rows
+        from .batch_rows import number_of_rows
 
         rows = max(1, number_of_rows(self.batch) // self.copies)
         return self.first_example + row % rows + (row // rows) * _COPY

@@ -443,7 +443,11 @@ class Session:
         """Tell the plugins what an evaluation returned, e.g. `{"eval_loss": 0.3}`; of several data sets all at once.
 
         They may put earlier weights back then, or end the run.
+
+        Raises:
+            MethodError: in the middle of an accumulated step.
         """
+        self._check_whole_step("evaluated")
         self.engine.evaluated(metrics)
         self.engine.evaluation_ended()
 
@@ -455,7 +459,8 @@ class Session:
             metrics = evaluate(session.model)
         session.evaluated(metrics)
         ```
-        Without such a plugin it changes nothing. After the loop the model has them for good.
+        Without such a plugin it changes nothing. Once `batches` has come to its end the model has them for good; a loop
+        that breaks off before leaves it with those that train.
         """
         return self.engine.evaluating()
 
@@ -472,6 +477,13 @@ class Session:
         self.engine.run.logged.clear()
         return found
 
+    def _check_whole_step(self, call: str) -> None:
+        if self._window and not self._watch.updated:
+            raise MethodError(
+                f"session.{call}(…) in the middle of a step: it belongs where a step is whole, `if "
+                f"accelerator.sync_gradients: session.{call}(…)`."
+            )
+
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
     def save(self, output_dir: str | os.PathLike[str], *, limit: int | None = None) -> Path:
@@ -486,11 +498,7 @@ class Session:
             MethodError: in the middle of an accumulated step.
             CheckpointError: it could not be written; earlier ones are as they were.
         """
-        if self._window and not self._watch.updated:
-            raise MethodError(
-                "session.save(…) in the middle of a step: it belongs where a step is whole, `if "
-                "accelerator.sync_gradients: session.save(…)`."
-            )
+        self._check_whole_step("save")
         folder = session_checkpoint.save(self, Path(output_dir), limit)
         self._after_save = rng_state()
         return folder
@@ -503,6 +511,7 @@ class Session:
         Returns: whether there was one.
         Raises:
             CheckpointError: it is damaged, or belongs to another run. Nothing was changed.
+            PluginError: a plugin does not take its state back. Weights and optimizer are as they were.
         """
         if self._running or self.step:
             raise MethodError("session.resume(…) belongs before session.batches(…).")

@@ -82,6 +82,7 @@ def resume(session: Session, source: Path) -> bool:
     folder = found.folder
     _together(folder, lambda: compare(found.identity, _identity(session), str(folder)))
     state = _together(folder, lambda: _read(session, folder))
+    session.engine.load_state_dict(state["engine"])  # first: a plugin that refuses its state leaves the weights alone
     _load_weights(session.bare_model, folder)
     for held, saved in zip(session.optimizers, state["optimizers"], strict=True):
         held.optimizer.load_state_dict(saved)
@@ -89,7 +90,6 @@ def resume(session: Session, source: Path) -> bool:
         held.scheduler.load_state_dict(saved)
     if session.accelerator.scaler is not None and state["scaler"] is not None:
         session.accelerator.scaler.load_state_dict(state["scaler"])
-    session.engine.load_state_dict(state["engine"])
     session.scratch = folder.parent / _SCRATCH
     session.step, session.epoch, session.epoch_steps = state["step"], state["epoch"], state["epoch_steps"]
     stem = folder / f"rng_state_{rank}"

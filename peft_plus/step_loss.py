@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import losses
+from .batch_rows import number_of_rows
 from .divergence import StepParts
 from .errors import MethodError, TrainingError
 from .layers import transformers_model
@@ -204,13 +205,6 @@ class StepLoss:
         means = {name: round(float(total) / number, 6) for name, (total, number) in self._means.items()}
         self._means.clear()
         return means
-
-
-def number_of_rows(batch: Any) -> int:
-    """Rows of a batch: the first dimension of its first tensor; 0 where it has none."""
-    if not isinstance(batch, Mapping):
-        return 0
-    return next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim()), 0)
 
 
 def _router_coefficient(model: Any) -> float:

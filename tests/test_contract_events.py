@@ -16,7 +16,7 @@ from torch import nn
 from transformers import TrainerCallback, default_data_collator
 
 import peft_plus
-from peft_plus import Plugin, Run, Session, get_model, with_plugins
+from peft_plus import MethodError, Plugin, Run, Session, get_model, with_plugins
 
 from .bad_inputs import built, rows, same, trainer, weights
 from .models import tiny
@@ -103,6 +103,17 @@ def test_a_session_tells_the_same() -> None:
         *(("before", 0), ("rate", 0), ("after", 1), (["eval_loss"], 1)),
         *(("before", 1), ("rate", 1), ("after", 2)),
     ]
+
+
+def test_an_evaluation_within_an_accumulated_step_is_an_error() -> None:
+    """Weights put back there would get gradients of others."""
+    session = Session(built(["full", Diary()]), Accelerator(cpu=True, gradient_accumulation_steps=2), max_steps=1)
+    session.optimizer(torch.optim.SGD, lr=0.1)
+    loader = session.loader(rows(), 4, collate_fn=default_data_collator)
+    batches = session.batches(loader)
+    session.accelerator.backward(session.loss(next(batches)))
+    with pytest.raises(MethodError, match=r"session.evaluated\(…\) in the middle of a step"):
+        session.evaluated({"eval_loss": 0.5})
 
 
 # ---- state -----------------------------------------------------------------------------------------------------------

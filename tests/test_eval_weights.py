@@ -162,6 +162,10 @@ def test_a_wrong_answer_and_a_second_owner_are_told(tmp_path: Path) -> None:
     other = type("Other", (Mean,), {"name": "other"})
     with pytest.raises(MethodError, match="both say which weights are evaluated and saved"):
         get_model(tiny("bert"), ["full", Mean(), other()])
+    best = type("Best", (Plugin,), {"name": "best", "restores_best": True})
+    for pair in (Mean(), best()), (best(), Mean()):
+        with pytest.raises(MethodError, match=r"'best' .* puts back the weights that were best .*'mean'"):
+            get_model(tiny("bert"), ["full", *pair])
 
 
 def test_an_evaluation_told_of_too_early_is_an_error() -> None:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import default_data_collator
 
 import peft_plus
-from peft_plus import LossTerm, MethodError, Pass, Plugin, PluginError, Session, get_model
+from peft_plus import DataError, LossTerm, MethodError, Pass, Plugin, PluginError, Session, get_model
+from peft_plus.batch_rows import repeated
 
 from .consistency import Grab, accumulated, distance, gradients, model_and_batch, sampler_order, trainer_of, two_passes
 from .models import rows_of
@@ -222,3 +223,12 @@ def test_each_pass_has_weights_of_its_own_to_go_back_through(loop: str, tmp_path
         else:
             got.append(trained(plugins, rows_of(data), tmp_path, made()[0], **accumulated(8, 2))[0])
     assert distance(got[1], got[0]) < 1e-6
+
+
+def test_what_is_laid_end_to_end_is_not_repeated_in_silence() -> None:
+    """Patches of several images, as Qwen-VL has them, belong to rows that nobody knows."""
+    batch = {"pixel_values": torch.zeros(6, 2), "input_ids": torch.zeros(4, 3), "position_ids": torch.zeros(1, 3)}
+    with pytest.raises(DataError, match=r"pixel_values has shape \(6, 2\) in a batch of 4 rows"):
+        repeated(batch, 2)
+    longer = repeated({name: value for name, value in batch.items() if name != "pixel_values"}, 2)
+    assert [len(value) for value in longer.values()] == [8, 1]

@@ -68,8 +68,12 @@ class ChainThaw(Phased):
                         f"{name}={getattr(self, name)!r} goes only without steps and epochs: a stage ends in one way."
                     )
 
+    @property
+    def restores_best(self) -> bool:
+        return self.steps is None and self.epochs is None
+
     def _phases(self, run: Run) -> Sequence[Phase]:
-        by_metric = self.steps is None and self.epochs is None
+        by_metric = self.restores_best
         return stages(
             run.depths,
             run.num_blocks,

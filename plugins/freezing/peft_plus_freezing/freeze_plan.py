@@ -45,6 +45,10 @@ class FreezePlan(Phased):
     def __post_init__(self) -> None:
         self._parsed = phases_of(self.phases)
 
+    @property
+    def restores_best(self) -> bool:
+        return any(phase.restore_best for phase in self._parsed)
+
     def _phases(self, run: Run) -> Sequence[Phase]:
         return self._parsed
 

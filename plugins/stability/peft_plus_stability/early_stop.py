@@ -35,7 +35,6 @@ class EarlyStop(Plugin):
 
     name: ClassVar[str] = "early_stop"
     source: ClassVar[str] = "Prechelt 1998, doi:10.1007/3-540-49430-8_3"
-    conflicts: ClassVar[tuple[str, ...]] = ("ema", "swa", "r4f")
 
     metric: str = "eval_loss"
     patience: int = 3
@@ -50,6 +49,10 @@ class EarlyStop(Plugin):
 
     def __post_init__(self) -> None:
         check_patience(self.patience, self.min_delta)
+
+    @property
+    def restores_best(self) -> bool:
+        return self.restore_best
 
     def on_stage_begin(self, run: Run) -> None:
         if run.evaluates is False:

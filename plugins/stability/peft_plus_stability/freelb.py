@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_plus import Pass, Plugin, Run
+from peft_plus.batch_rows import number_of_rows
 
 from .example_noise import example_noise
 
@@ -64,7 +65,7 @@ class FreeLB(Plugin):
         return self._ascent(run, batch)
 
     def _ascent(self, run: Run, batch: Mapping[str, Any]) -> Generator[Pass, Tensor | None, None]:
-        rows = next(len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim())
+        rows = number_of_rows(batch)
         place = _Place(partial(self._draw, run, batch, rows), ascends=self.steps > 1)
         states = random_states(run.model)
         for left in reversed(range(self.steps)):

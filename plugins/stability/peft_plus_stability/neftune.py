@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from peft_plus import Pass, Plugin, Run
+from peft_plus.batch_rows import number_of_rows
 
 from .example_noise import example_noise
 
@@ -51,7 +52,7 @@ class NEFTune(Plugin):
         return None if self.alpha == 0 else self._noised(run, batch)
 
     def _noised(self, run: Run, batch: Mapping[str, Any]) -> Generator[Pass, Tensor | None, None]:
-        rows = next(len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim())
+        rows = number_of_rows(batch)
 
         def noise(embeddings: Tensor) -> Tensor:
             eps = bound(self.alpha, tokens=embeddings.shape[1], width=embeddings.shape[2])

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from peft_plus import LossTerm, Plugin, Run
+from peft_plus.batch_rows import number_of_rows
 from peft_plus.layers import transformers_model
-from peft_plus.step_loss import number_of_rows
 
 from .divergences import mean_jensen_shannon
 

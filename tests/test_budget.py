@@ -1,0 +1,103 @@
+"""`plan_budget`: what plugins choose by the data is what the Trainer runs with."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from accelerate import Accelerator
+from transformers import default_data_collator
+
+from peft_plus import MethodError, Plugin, PluginError, Run, Session
+
+from .bad_inputs import built, rows, trainer
+
+
+@dataclass(kw_only=True)
+class Budget(Plugin):
+    """Answers with what it is given, and notes what it is asked with."""
+
+    name: ClassVar[str] = "budget"
+
+    answer: Any = None
+    asked: list[tuple[int, float, int, bool | None]] = field(init=False, default_factory=list)
+
+    def plan_budget(self, run: Run) -> Mapping[str, Any]:
+        seen = sum(len(batch["input_ids"]) for batch in run.examples(3))
+        self.asked.append((seen, run.base_lr, run.steps_per_epoch, run.evaluates))
+        return self.answer
+
+
+@dataclass(kw_only=True)
+class Other(Budget):
+    name: ClassVar[str] = "other"
+
+
+def chosen(model: Any) -> Budget:
+    return next(plugin for plugin in model.peft_plus.plugins if isinstance(plugin, Budget))
+
+
+def test_the_run_has_the_arguments_that_the_data_asked_for_and_the_users_are_not_touched(tmp_path: Path) -> None:
+    model = built(["full", Budget(answer={"num_train_epochs": 2.0, "learning_rate": 0.5})])
+    run = trainer(model, tmp_path, rows(count=8), max_steps=-1, num_train_epochs=7, eval_dataset=rows()[:4])
+    given = run.args
+    run.train()
+    assert (run.args.num_train_epochs, run.args.learning_rate) == (2.0, 0.5)
+    assert run.state.max_steps == run.state.global_step == 2 * 8 // given.train_batch_size
+    assert (given.num_train_epochs, given.learning_rate) != (2.0, 0.5)
+    assert chosen(model).asked == [(8, given.learning_rate, 8 // given.train_batch_size, True)]
+
+
+def test_a_second_run_is_asked_anew_from_what_the_user_gave(tmp_path: Path) -> None:
+    model = built(["full", Budget(answer={"learning_rate": 0.5})])
+    run = trainer(model, tmp_path, max_steps=1)
+    rate = run.args.learning_rate
+    run.train()
+    run.train()
+    assert [asked[1] for asked in chosen(model).asked] == [rate, rate]
+    run.args = copy.copy(run.args)  # other arguments, from here on the user's
+    run.args.learning_rate = 0.25
+    run.train()
+    assert chosen(model).asked[-1][1] == 0.25
+
+
+def test_two_that_choose_differently_are_named(tmp_path: Path) -> None:
+    model = built(["full", Budget(answer={"num_train_epochs": 2.0}), Other(answer={"num_train_epochs": 3.0})])
+    says = r"'budget' .*chooses num_train_epochs=2.0 and plugin 'other' .*=3.0. Drop one"
+    with pytest.raises(MethodError, match=says):
+        trainer(model, tmp_path).train()
+
+
+def test_two_that_choose_alike_are_no_contradiction(tmp_path: Path) -> None:
+    model = built(["full", Budget(answer={"learning_rate": 0.5}), Other(answer={"learning_rate": 0.5})])
+    run = trainer(model, tmp_path, max_steps=1)
+    run.train()
+    assert run.args.learning_rate == 0.5
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "says"),
+    [
+        (None, PluginError, "'budget' .* returned None from plan_budget; expected a mapping"),
+        ({"epochs": 3}, MethodError, "epochs"),
+    ],
+)
+def test_a_wrong_answer_is_told(answer: Any, error: type[Exception], says: str, tmp_path: Path) -> None:
+    with pytest.raises(error, match=says):
+        trainer(built(["full", Budget(answer=answer)]), tmp_path).train()
+
+
+def test_a_session_whose_budget_is_the_loops_does_not_ask() -> None:
+    model = built(["full", Budget(answer={"num_train_epochs": 2.0})])
+    session = Session(model, Accelerator(cpu=True), max_steps=1)
+    optimizer = session.optimizer(torch.optim.SGD, lr=0.1)
+    for batch in session.batches(session.loader(rows(), 4, collate_fn=default_data_collator)):
+        session.accelerator.backward(session.loss(batch))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert chosen(model).asked == []
