@@ -51,6 +51,7 @@ def budgeted(
         processes=args.world_size,
         steps_per_epoch=math.ceil(math.ceil((data.examples or 0) / rows) / args.gradient_accumulation_steps),
         evaluates=evaluates,
+        arguments=args,
     )
     run.data = RunData(model, plan.task, {param.name: tensors[param.name] for param in run.params}, data)
     chosen: dict[str, Any] = {}

@@ -217,6 +217,7 @@ def _spelled(node: ast.expr) -> str:
 
 
 _HEADER = re.compile(r"(Args|Attributes|Class variables|Returns|Raises|Yields|Examples?|Notes?):(.*)")
+_CODE = re.compile(r"^(```.*?^```)$", re.DOTALL | re.MULTILINE)
 _ITEM = re.compile(r"(\w+(?:, \w+)*)\s*(?:\(.*?\))?\s*:(.*)", re.DOTALL)
 
 
@@ -250,4 +251,7 @@ def paragraphs_of(cls: Any) -> tuple[str, ...]:
     body = sections(own or "")[""]
     if body.startswith(f"{cls.__name__}("):  # what `dataclass` writes where there is no docstring
         return ()
-    return tuple(p if p.startswith("```") else " ".join(p.split()) for p in body.split("\n\n") if p.strip())
+    found: list[str] = []
+    for part in _CODE.split(body):
+        found += [part] if part.startswith("```") else [" ".join(p.split()) for p in part.split("\n\n") if p.strip()]
+    return tuple(found)

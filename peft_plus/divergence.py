@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .distributed import gather, plain_parameters
-from .errors import TrainingError
+from .errors import DivergenceError
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def check_update(norm: Any, parts: StepParts, model: nn.Module, *, step: int, ra
         step: finished optimizer steps.
         rate: the learning rate.
     Raises:
-        TrainingError: it is no finite number; says what in which rows is not, and what to change.
+        DivergenceError: it is no finite number; says what in which rows is not, and what to change.
     """
     value = float(norm)
     if math.isfinite(value):
@@ -124,7 +124,7 @@ def check_update(norm: Any, parts: StepParts, model: nn.Module, *, step: int, ra
             kept += f"they came so, or the last update made them so (learning rate {rate:g}). "
             kept += "Go back to a checkpoint from before, or build the model anew."
     message = " ".join(filter(None, (head, causes, kept, "" if lost and not step else _fix(found))))
-    error = TrainingError(message)
+    error = DivergenceError(message)
     error.weights_lost = bool(lost)
     raise error
 
@@ -136,10 +136,10 @@ def check_scaler(skipped: int, *, step: int) -> None:
         skipped: updates skipped one after another.
         step: finished optimizer steps, skipped ones too.
     Raises:
-        TrainingError: more than any choice of scale explains.
+        DivergenceError: more than any choice of scale explains.
     """
     if skipped >= SKIPPED_IN_A_ROW:
-        raise TrainingError(
+        raise DivergenceError(
             f"The last {skipped} updates before step {step} were all skipped, because gradients overflowed in fp16 at "
             "every scale. Nothing trains any more; the weights are those of the last update that was made. Train in "
             "bf16 or fp32, lower the learning rate, or look for NaN in the data."

@@ -29,5 +29,9 @@ class TrainingError(RuntimeError):
     weights_lost: bool = False
 
 
+class DivergenceError(TrainingError):
+    """The loss or its gradients were no finite number, or gradients overflowed at every scale."""
+
+
 class CheckpointError(RuntimeError):
     """A training checkpoint is missing, damaged, unwritable, or belongs to another run. Nothing was changed or lost."""

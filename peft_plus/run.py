@@ -57,6 +57,7 @@ class Run:
         logged: what `log` was given since the loop's last log line.
         trunk: what keeps the output of the frozen lower blocks, behind `forward(…, perturb={"trunk": δ})`.
         tokenizer: in `task_data`: what made tokens of the data; None where it is not known.
+        arguments: in `plan_budget`: the Trainer's TrainingArguments as they were given, to be read only; else None.
         evaluates: whether the loop evaluates while it trains; None where it cannot be known, as in a Session.
         data: the stage's data, behind `examples` and `task_gradients`.
         weights: the tensors of `params`, behind `weight`, `gradient`, `keep` and `restore`.
@@ -86,6 +87,7 @@ class Run:
     last_evaluation_step: int | None = None
     logged: dict[str, float] = field(default_factory=dict)
     tokenizer: Any = field(default=None, repr=False)
+    arguments: Any = field(default=None, repr=False)
     evaluates: bool | None = None
     data: RunData | None = field(default=None, repr=False)
     trunk: TrunkService | None = field(default=None, repr=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 
 
@@ -26,9 +27,21 @@ def value_of(metrics: Mapping[str, float], metric: str) -> float:
     )
 
 
+FALLING = frozenset(
+    {"error", "err", "perplexity", "ppl", "mse", "rmse", "mae", "mape", "nll", "wer", "cer", "ter", "brier", "ece"}
+)
+"""Words of metrics' names of which less is better."""
+
+
 def rises(metric: str, greater_is_better: bool | None) -> bool:
-    """Whether greater is better; where the user does not say, unless the name contains "loss"."""
-    return "loss" not in metric.lower() if greater_is_better is None else greater_is_better
+    """Whether greater is better; where the user does not say, unless the name tells of a loss or an error.
+
+    It does where it contains "loss", or one of its words is in `FALLING`: `eval_loss`, `rmse`, `dev_perplexity`.
+    """
+    if greater_is_better is not None:
+        return greater_is_better
+    words = re.split(r"[^a-z]+", metric.lower())
+    return "loss" not in metric.lower() and FALLING.isdisjoint(words)
 
 
 def gain(value: float, best: float, *, greater_is_better: bool) -> float:

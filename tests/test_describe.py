@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from dataclasses import dataclass, field
 from typing import Literal, Optional, Union
 
@@ -85,3 +86,41 @@ def test_a_tool_is_explained_by_its_docstring_its_parameters_and_its_card() -> N
     assert "arXiv:2203.05482" in found.source
     assert found.verdict.startswith("Measured: ")
     assert found.card.endswith("soup.md")
+
+
+def test_code_in_a_docstring_keeps_its_lines_the_empty_ones_too() -> None:
+    class Shown:
+        """Do it
+        so:
+        ```python
+        first(
+            1,  # indented
+        )
+
+
+        second()
+        ```
+        Then go
+        on.
+
+        ```
+        third()
+        ```
+
+        Args:
+            none: of the description.
+        """
+
+    assert describe.paragraphs_of(Shown) == (
+        "Do it so:",
+        "```python\nfirst(\n    1,  # indented\n)\n\n\nsecond()\n```",
+        "Then go on.",
+        "```\nthird()\n```",
+    )
+
+
+def test_the_example_of_a_tool_is_python_that_fits_a_terminal() -> None:
+    code = [part for part in describe.describe("search").paragraphs if part.startswith("```python")]
+    assert len(code) == 1
+    ast.parse(code[0].removeprefix("```python").removesuffix("```"))
+    assert max(map(len, code[0].splitlines())) <= 80

@@ -7,6 +7,7 @@
 | `results.py` | results on disk, and read again |
 | `call.py` | what all runs of a call share, and what becomes of each |
 | `claim.py` | whose results a folder holds |
+| `lock.py` | one call at a time works in a folder |
 | `several.py` | one after another, or several at a time |
 | `processes.py` | in processes of their own |
 | `racing.py` | starting many, finishing the best: how, and what it would have found |
@@ -14,7 +15,8 @@
 | `callbacks.py` | what stops a run before its end |
 | `runner.py` | `seeds` |
 | `statistics.py` | intervals, tests, expected maxima |
-| `report.py` | tables of one and of several methods |
+| `report.py` | how one training's results spread |
+| `compare.py` | how two trainings differ, and a table of several |
 | `plot.py` | the spread, drawn |
 | `optional.py` | packages that only some calls need |
 """
@@ -22,8 +24,9 @@
 from __future__ import annotations
 
 from .axis import Seeds
+from .compare import Comparison, compare_table
 from .racing import Racing, SuccessiveHalving, simulate_racing
-from .report import Comparison, Report, compare_table
+from .report import Report
 from .results import RunResult, SeedRuns
 from .runner import seeds
 

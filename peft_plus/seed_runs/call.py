@@ -45,17 +45,17 @@ class Call:
         for folder in (self.out, shared):
             folder.mkdir(parents=True, exist_ok=True)
         own = seeds_of(number, base=self.base, vary=self.vary, shared=shared)
-        stops = [] if fraction is None else [StopAtFraction(fraction)]
+        stop = None if fraction is None else StopAtFraction(fraction)
         result = run_once(
             self.factory,
             own,
             self.folder(number),
             evaluate=self.evaluate,
-            callbacks=[*stops, *callbacks],
+            callbacks=[*callbacks, *([] if stop is None else [stop])],
             resume=fraction is None,  # to be judged at the very step, which a checkpoint may lie beyond
             exact=self.exact,
         )
-        return replace(result, finished=result.steps >= result.max_steps or fraction is None)
+        return replace(result, finished=stop is None or not stop.stopped)
 
     def folder(self, number: int) -> Path:
         """Where the run works."""
@@ -71,6 +71,9 @@ class Call:
         done[result.number] = result
         self.error_file(result.number).unlink(missing_ok=True)
         clear(self.folder(result.number))
+        if result.diverged:
+            logger.warning("Run %d diverged, and counts as failed: %s", result.number, result.diverged)
+            return
         value = value_of(result, self.metric)
         logger.info(
             "Run %d: %s %.4g, %d steps, %.0f s.", result.number, self.metric, value, result.steps, result.seconds

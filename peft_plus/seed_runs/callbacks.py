@@ -18,14 +18,19 @@ class StopAtFraction(TrainerCallback):
 
     Args:
         fraction: in (0, 1).
+    Attributes:
+        stopped: whether it did; False where the run ended by itself before.
     """
 
     def __init__(self, fraction: float) -> None:
-        self._fraction = fraction
+        self._fraction, self.stopped = fraction, False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The Trainer's event."""
-        if state.global_step >= math.ceil(self._fraction * state.max_steps):
+        if control.should_training_stop:  # by itself, at this very step or before
+            return
+        if math.ceil(self._fraction * state.max_steps) <= state.global_step < state.max_steps:
+            self.stopped = True
             control.should_save = control.should_training_stop = True
 
 

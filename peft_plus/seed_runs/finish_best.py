@@ -9,7 +9,7 @@ from typing import Literal
 from ..errors import MethodError
 from .call import Call, Failure
 from .optional import imported, quiet
-from .racing import Racing, SuccessiveHalving, best
+from .racing import Racing, SuccessiveHalving, best, tell
 from .results import RunResult, keep_result, read_results, value_of
 from .several import run_all
 
@@ -45,16 +45,16 @@ def race(
                 seconds=before.seconds + result.seconds,
                 cpu_seconds=before.cpu_seconds + result.cpu_seconds,
             )
-        call.keep(result, done)
+        call.keep(replace(result, judged=before.metrics), done)
 
     for number in chosen:
         if early[number].finished and number not in done:  # it ended by itself
-            call.keep(early[number], done)
+            call.keep(replace(early[number], judged=early[number].metrics), done)
     waiting = [k for k in chosen if k not in done or not done[k].finished]
     failed |= run_all(call, waiting, workers, ended)
     for number in sorted(early):
         if number not in chosen and number not in done:
-            call.keep(replace(early[number], finished=False), done)
+            call.keep(replace(early[number], judged=early[number].metrics), done)  # stopped, or over by itself
     return failed
 
 
@@ -82,13 +82,10 @@ def halve(call: Call, halving: SuccessiveHalving, n: int, done: dict[int, RunRes
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
                 continue
             call.keep(replace(result, finished=not prunes.pruned), done)
-            if not prunes.told:
+            if not prunes.told and not result.diverged:
                 raise MethodError(
                     f"SuccessiveHalving judges by {call.metric!r} while a run trains, and no evaluation before its "
                     "last step tells it: set eval_strategy and eval_steps, or name a metric that they tell."
                 )
-            if prunes.pruned:
-                study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-            else:
-                study.tell(trial, value_of(result, call.metric))
+            tell(study, trial, result, call.metric, pruned=prunes.pruned)
     return failed

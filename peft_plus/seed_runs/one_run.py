@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from ..checkpoint import REPLACED
-from ..errors import CheckpointError, MethodError
+from ..errors import CheckpointError, DivergenceError, MethodError
 from ..find_checkpoint import newest_whole
+from ..layers import transformers_model
+from ..safeguards import STOPPED
 from .axis import AXES, Seeds
 from .results import RunResult, evaluations_in, numbers_in
 
@@ -27,6 +30,8 @@ logger = logging.getLogger(__name__)
 Factory = Callable[[Seeds], Any]
 Evaluate = Callable[[Any], Mapping[str, float]]
 
+_TRAINED_BY = "_peft_plus_trained_by_run"
+"""Attribute of a model that a run has trained: the run's number."""
 _ROWS_LOOKED_AT = 100_000
 """Of an evaluation set that is no `datasets` table, in search of its largest class."""
 
@@ -50,14 +55,16 @@ def run_once(
         callbacks: added to the Trainer's.
         resume: go on from the newest whole checkpoint in `folder`, if there is one; else what is there is removed.
         exact: whether a Trainer that does not resume bit by bit is refused.
+    Returns: the result, of a run that diverged too: it is the training's, and another attempt would diverge again.
     Raises:
-        MethodError: the factory gave no Trainer, or the evaluation no metrics.
+        MethodError: the factory gave no Trainer, or the model of an earlier run, or the evaluation no metrics.
     """
     from transformers import set_seed
 
     set_seed(seeds.init)
     trainer = factory(seeds)
     _check_trainer(trainer, factory, exact)
+    fresh = _fresh(trainer, factory, seeds.number)
     _give(trainer, seeds, folder)
     for callback in callbacks:
         trainer.add_callback(callback)
@@ -65,18 +72,25 @@ def run_once(
         clear(folder)
     checkpoint, step = _newest(folder)
     set_seed(seeds.dropout)
-    wall, cpu = time.perf_counter(), time.process_time()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    wall, cpu, diverged = time.perf_counter(), time.process_time(), ""
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except DivergenceError as error:
+        diverged = str(error)
+    finally:
+        for model in (fresh, transformers_model(trainer.model)):
+            setattr(model, _TRAINED_BY, seeds.number)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     state, evaluations = trainer.state, evaluations_in(trainer.state.log_history)
     result = RunResult(
         number=seeds.number,
         seeds={axis: getattr(seeds, axis) for axis in AXES},
-        metrics=_metrics(trainer.evaluate() if evaluate is None else evaluate(trainer)),
+        metrics={} if diverged else _metrics(trainer.evaluate() if evaluate is None else evaluate(trainer)),
         evaluations=evaluations,
         steps=state.global_step,
         max_steps=state.max_steps,
         resumed=step,
+        diverged=diverged,
         seconds=wall,
         cpu_seconds=cpu,
         majority=_majority(trainer.eval_dataset),
@@ -93,7 +107,7 @@ def run_once(
 def clear(folder: Path) -> None:
     """Drop what a run needed to be taken up again. What else a factory or `evaluate` put there stays."""
     checkpoints = [part for prefix in ("", REPLACED) for part in folder.glob(f"{prefix}checkpoint-[0-9]*")]
-    for part in (*checkpoints, folder / "_trunk"):
+    for part in (*checkpoints, folder / "_trunk", folder / STOPPED):
         shutil.rmtree(part, ignore_errors=True)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
@@ -121,6 +135,19 @@ def _check_trainer(trainer: Any, factory: Factory, exact: bool) -> None:
         )
     if exact and trainer.args.save_only_model:
         raise MethodError("Racing takes runs up again from checkpoints: leave out save_only_model=True.")
+
+
+def _fresh(trainer: Any, factory: Factory, number: int) -> nn.Module:
+    """The Trainer's model, which no other run may have trained before."""
+    model = transformers_model(trainer.model)
+    before = getattr(model, _TRAINED_BY, None)
+    if before is not None:
+        name = getattr(factory, "__qualname__", type(factory).__name__)
+        raise MethodError(
+            f"The factory {name} returned, for run {number}, the model that run {before} trained, so that one would go "
+            "on from the other: build or load the model inside the factory."
+        )
+    return model
 
 
 def _give(trainer: Any, seeds: Seeds, folder: Path) -> None:

@@ -73,12 +73,19 @@ class SuccessiveHalving:
         study = optuna.create_study(direction=direction, pruner=pruner)
         for result in done:
             trial = study.ask()
-            pruned = report_all(trial, result, metric)
-            if pruned:
-                study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-            else:
-                study.tell(trial, value_of(result, metric))
+            tell(study, trial, result, metric, pruned=report_all(trial, result, metric))
         return study
+
+
+def tell(study: Any, trial: Any, result: RunResult, metric: str, *, pruned: bool) -> None:
+    """Tell a study how a trial ended; a run without a number as its metric has failed."""
+    states = imported("optuna", "successive halving").trial.TrialState
+    if pruned:
+        study.tell(trial, state=states.PRUNED)
+    elif math.isnan(value := value_of(result, metric)):
+        study.tell(trial, state=states.FAIL)
+    else:
+        study.tell(trial, value)
 
 
 def report_all(trial: Any, result: RunResult, metric: str) -> bool:

@@ -1,16 +1,20 @@
-"""Tables: how one training's results spread over seeds, and how two trainings differ."""
+"""How one training's results spread over seeds."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from .results import SeedRuns
-from .statistics import Estimate, bootstrap, expected_best, mean, paired_permutation, std
+from .. import watched_metric
+from .results import RunResult, SeedRuns
+from .statistics import Estimate, bootstrap, expected_best, mean, spread
+
+_SLACK = 1e-6
+"""By how much a metric may be above the largest class's share, relative to it, and still have failed: fp32 rounds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,12 +24,18 @@ class Report:
     Attributes:
         metric: the one that counts; `greater_is_better` tells its direction.
         n: finished runs.
-        mean, std: with 95 % bootstrap intervals; std with n − 1.
+        no_number: those of them that have no number as their metric, e.g. because they diverged. They count as failed,
+            and are in none of the next six.
+        mean: with its 95 % bootstrap interval.
+        std: with n − 1, and its 95 % interval, see `statistics.spread`.
         least, median, most: of the metric.
-        failed: share of runs no better than `majority`; None where that is unknown.
+        expected_best: k → the expected best of k runs. Where racing stopped some, those that it finished are no draw of
+            all; then it is by the metric where they were judged.
+        failed: share of runs no better than `majority`, or without a number; None where that is unknown: nobody said
+            the majority, or racing stopped some.
         majority: the value at which a run has failed.
-        expected_best: k → the expected best of k runs.
         stopped: runs that racing did not finish.
+        broken: runs that ended by an error, and have no result.
         cost: steps that were made, over those of all runs to their end.
         cpu_seconds: of training, the mean over the finished runs that ran in one go; NaN where none did.
         values: run → metric.
@@ -34,15 +44,17 @@ class Report:
     metric: str
     greater_is_better: bool
     n: int
+    no_number: tuple[int, ...]
     mean: Estimate
     std: Estimate
     least: float
     median: float
     most: float
+    expected_best: Mapping[int, float]
     failed: float | None
     majority: float | None
-    expected_best: Mapping[int, float]
     stopped: int
+    broken: tuple[int, ...]
     cost: float
     cpu_seconds: float
     values: Mapping[int, float]
@@ -61,19 +73,33 @@ class Report:
             "|---|---|--:|--:|--:|--:|",
             f"| {self.mean} | {self.std} | {self.least:.4f} | {self.median:.4f} | {self.most:.4f} | {failed} |",
             "",
-            "In brackets: 95 % bootstrap intervals over the runs.",
+            "In brackets: 95 % intervals over the runs.",
         ]
+        if self.no_number:
+            lines.append(
+                f"{len(self.no_number)} of {self.n} runs ended without a number, since they diverged or their metric "
+                f"is NaN ({', '.join(map(str, self.no_number))}). They count as failed, and are in no other figure."
+            )
+        if self.broken:
+            lines.append(
+                f"{len(self.broken)} runs ended by an error and have no result ({', '.join(map(str, self.broken))}): "
+                "they are in no figure, and calling seeds again makes them again."
+            )
+        best = ", ".join(f"of {k} {value:.4f}" for k, value in self.expected_best.items())
+        if self.stopped:
+            found = self.most if self.greater_is_better else self.least
+            lines.append(
+                f"Racing stopped {self.stopped} of {self.stopped + self.n} runs, and found {found:.4f} with "
+                f"{100 * self.cost:.0f} % of the steps of all. The runs that went on were chosen, so mean and spread "
+                "are theirs alone, and how many would have failed is unknown."
+            )
+            lines.append(f"Where they were judged, the best to expect of so many runs: {best}.")
+            return "\n".join(lines)
         if self.majority is None:
             lines.append("Which runs failed is unknown: give report(majority=…), e.g. the largest class's share.")
         else:
             lines.append(f"A run has failed at {self.majority:.4f} or worse.")
-        best = ", ".join(f"of {k} {value:.4f}" for k, value in self.expected_best.items())
         lines.append(f"The best to expect of so many runs: {best}.")
-        if self.stopped:
-            lines.append(
-                f"Racing stopped {self.stopped} of {self.stopped + self.n} runs: {100 * self.cost:.0f} % of all steps "
-                "were made. The runs that went on were chosen, so mean and spread are theirs alone."
-            )
         return "\n".join(lines)
 
     def __str__(self) -> str:
@@ -84,108 +110,55 @@ def report(runs: SeedRuns, *, majority: float | None = None) -> Report:
     """See `SeedRuns.report`.
 
     Raises:
-        ValueError: fewer than two runs finished.
+        ValueError: fewer than two runs finished, and racing stopped none.
     """
-    values = runs.values
-    if len(values) < 2:
+    values, stopped = runs.values, len(runs.results) - len(runs.finished)
+    if len(values) < (1 if stopped else 2):
         raise ValueError(f"A spread needs two finished runs at least, and there are {len(values)}.")
-    numbers = np.array(list(values.values()))
+    numbers = [value for value in values.values() if math.isfinite(value)]
     if majority is None and runs.metric.removeprefix("eval_") == "accuracy":  # of those labels, and no other kind
         majority = next((r.majority for r in runs.finished if r.majority is not None), None)
-    failed = None
-    if majority is not None:  # NaN has failed, too
-        failed = float(np.mean(~(numbers > majority if runs.greater_is_better else numbers < majority)))
+    drawn = [value for value in (_judged(one, runs.metric) for one in runs.results) if value is not None]
+    drawn = drawn if stopped else numbers
+    ks = [k for k in (1, 2, 5, 10, 20, 50) if k <= len(drawn)]
     made, whole = sum(r.steps for r in runs.results), sum(r.max_steps for r in runs.results)
-    ks = [k for k in (1, 2, 5, 10, 20, 50) if k <= len(numbers)]
     return Report(
         metric=runs.metric,
         greater_is_better=runs.greater_is_better,
-        n=len(numbers),
-        mean=bootstrap(mean, numbers.tolist()),
-        std=bootstrap(std, numbers.tolist()),
-        least=float(numbers.min()),
-        median=float(np.median(numbers)),
-        most=float(numbers.max()),
-        failed=failed,
+        n=len(values),
+        no_number=tuple(number for number, value in values.items() if not math.isfinite(value)),
+        mean=bootstrap(mean, numbers) if numbers else _NOTHING,
+        std=spread(numbers) if numbers else _NOTHING,
+        least=min(numbers, default=math.nan),
+        median=float(np.median(numbers)) if numbers else math.nan,
+        most=max(numbers, default=math.nan),
+        expected_best={k: expected_best(drawn, k, greater_is_better=runs.greater_is_better) for k in ks},
+        failed=None
+        if majority is None or stopped
+        else _failed(list(values.values()), majority, runs.greater_is_better),
         majority=majority,
-        expected_best={k: expected_best(numbers.tolist(), k, greater_is_better=runs.greater_is_better) for k in ks},
-        stopped=len(runs.results) - len(numbers),
+        stopped=stopped,
+        broken=runs.broken,
         cost=made / whole if whole else math.nan,
         cpu_seconds=float(np.mean([r.cpu_seconds for r in runs.finished if not r.resumed] or [math.nan])),
         values=values,
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """One training minus another, paired by run.
-
-    Attributes:
-        n: pairs.
-        mean: of the differences, with a 95 % bootstrap interval over the pairs.
-        p: of a two-sided paired permutation test that the mean difference is 0.
-        std: the difference of the standard deviations, redrawn pair by pair.
-        std_ratio: of the first over the second.
-    """
-
-    metric: str
-    n: int
-    mean: Estimate
-    p: float
-    std: Estimate
-    std_ratio: Estimate
-
-    def __str__(self) -> str:
-        return f"{self.metric}, {self.n} pairs: mean {self.mean}, p = {self.p:.3g}; std {self.std}"
+_NOTHING = Estimate(math.nan, math.nan, math.nan)
 
 
-def compare(runs: SeedRuns, other: SeedRuns) -> Comparison:
-    """See `SeedRuns.compare`."""
-    if runs.metric != other.metric:
-        raise ValueError(f"One counts {runs.metric!r}, the other {other.metric!r}: read them with one metric.")
-    mine, theirs = runs.values, other.values
-    both = sorted(mine.keys() & theirs.keys())
-    if len(both) < 2:
-        raise ValueError(f"A comparison needs two runs at least that both have finished; here {both}.")
-    a, b = [mine[k] for k in both], [theirs[k] for k in both]
-    differences = [x - y for x, y in zip(a, b, strict=True)]
-    return Comparison(
-        metric=runs.metric,
-        n=len(both),
-        mean=bootstrap(mean, differences),
-        p=paired_permutation(differences),
-        std=bootstrap(lambda x, y: std(x) - std(y), a, b),
-        std_ratio=bootstrap(lambda x, y: std(x) / np.maximum(std(y), 1e-12), a, b),
-    )
+def _failed(values: Sequence[float], majority: float | None, greater_is_better: bool) -> float | None:
+    """The share of runs at the majority or worse; NaN has failed, too. None where nobody knows the majority."""
+    if majority is None:
+        return None
+    sign = 1 if greater_is_better else -1
+    line = sign * majority + _SLACK * (1 + abs(majority))
+    return sum(not sign * value > line for value in values) / len(values)
 
 
-def compare_table(runs: Mapping[str, SeedRuns], *, baseline: str, majority: float | None = None) -> str:
-    """Several trainings against one, as a Markdown table.
-
-    Args:
-        runs: title → runs, the baseline among them.
-        majority: as for `SeedRuns.report`.
-    Raises:
-        ValueError: there is no such baseline.
-    """
-    if baseline not in runs:
-        raise ValueError(f"baseline={baseline!r} is none of {list(runs)}.")
-    lines = [
-        "| | mean | std | least | failed | difference of means | p | std ÷ baseline's | time |",
-        "|---|--:|--:|--:|--:|---|--:|---|--:|",
-    ]
-    base = runs[baseline].report(majority=majority)
-    for title, own in runs.items():
-        made = own.report(majority=base.majority)
-        failed = "" if made.failed is None else f"{100 * made.failed:.0f} %"
-        row = f"| {title} | {made.mean.value:.4f} | {made.std.value:.4f} | {made.least:.4f} | {failed} |"
-        times = made.cpu_seconds / base.cpu_seconds if base.cpu_seconds else math.nan
-        time = "" if math.isnan(times) else f"{times:.2f} ×"
-        if title == baseline:
-            lines.append(f"{row} | | | {time} |")
-            continue
-        difference, ratio = compare(own, runs[baseline]), ""
-        ratio = f"{difference.std_ratio.value:.2f} [{difference.std_ratio.low:.2f}, {difference.std_ratio.high:.2f}]"
-        gap = f"{difference.mean.value:+.4f} [{difference.mean.low:+.4f}, {difference.mean.high:+.4f}]"
-        lines.append(f"{row} {gap} | {difference.p:.3f} | {ratio} | {time} |")
-    return "\n".join(lines)
+def _judged(result: RunResult, metric: str) -> float | None:
+    """The metric where racing judged the run, as a number, if that is known."""
+    metrics = result.judged
+    value = watched_metric.value_of(metrics, metric) if watched_metric.holds(metrics, metric) else math.nan
+    return value if math.isfinite(value) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,7 +16,8 @@ from .. import watched_metric
 from ..errors import MethodError
 
 if TYPE_CHECKING:
-    from .report import Comparison, Report
+    from .compare import Comparison
+    from .report import Report
 
 SETTINGS = "seeds.json"
 
@@ -30,11 +32,13 @@ class RunResult:
     Attributes:
         number: which run, from 0.
         seeds: axis → seed.
-        metrics: of the evaluation at its end.
+        metrics: of the evaluation at its end; none where it diverged.
         evaluations: those while it trained: (optimizer step, metrics).
         steps, max_steps: optimizer steps that were made, and that the whole run has.
         resumed: the step at which it was taken up again; 0 where it ran in one go.
         finished: whether it ran to its end; False where racing stopped it.
+        judged: the metrics by which racing let it go on; empty where nothing raced.
+        diverged: why it diverged, if it did: its loss or gradients were no numbers. It counts as failed.
         seconds, cpu_seconds: of training, since it was taken up.
         majority: share of the largest class in the evaluation's labels; None where that cannot be told.
         peak_bytes: the largest memory of its process.
@@ -49,6 +53,8 @@ class RunResult:
     max_steps: int = 0
     resumed: int = 0
     finished: bool = True
+    judged: Mapping[str, float] = field(default_factory=dict)
+    diverged: str = ""
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     majority: float | None = None
@@ -78,8 +84,15 @@ class SeedRuns:
         return tuple(result for result in self.results if result.finished)
 
     @property
+    def broken(self) -> tuple[int, ...]:
+        """Numbers of the runs that ended by an error, which is in the folder, and have no result."""
+        files = [] if self.folder is None else self.folder.glob("run-*.error.txt")
+        numbers = {int(file.name.removeprefix("run-").removesuffix(".error.txt")) for file in files}
+        return tuple(sorted(numbers - {result.number for result in self.results}))
+
+    @property
     def values(self) -> dict[int, float]:
-        """Number of each finished run → the metric that counts."""
+        """Number of each finished run → the metric that counts; NaN where the run diverged."""
         return {result.number: value_of(result, self.metric) for result in self.finished}
 
     def report(self, *, majority: float | None = None) -> Report:
@@ -97,9 +110,9 @@ class SeedRuns:
         """This minus `other`, paired by number.
 
         Raises:
-            ValueError: fewer than two runs have both.
+            ValueError: fewer than two runs have both; their seeds differ; racing chose which were finished.
         """
-        from .report import compare
+        from .compare import compare
 
         return compare(self, other)
 
@@ -112,19 +125,20 @@ class SeedRuns:
 
         return plot({self.folder.name if self.folder else "runs": self, **others}, path)
 
-    def save(self, folder: str | os.PathLike[str] | None = None) -> Path:
+    def save(self, folder: str | os.PathLike[str] | None = None, *, majority: float | None = None) -> Path:
         """Write `report.json` and `report.md`.
 
         Args:
             folder: by default the one with the results.
+            majority: as for `report`.
         Returns: the folder.
         """
         target = Path(folder) if folder is not None else self.folder
         if target is None:
             raise ValueError("runs.save(folder): these runs were read from nowhere, so say where to.")
         target.mkdir(parents=True, exist_ok=True)
-        made = self.report()
-        write_whole(target / "report.json", json.dumps(made.as_dict(), indent=2) + "\n")
+        made = self.report(majority=majority)
+        write_whole(target / "report.json", as_json(made.as_dict(), indent=2))
         write_whole(target / "report.md", made.markdown() + "\n")
         return target
 
@@ -152,11 +166,13 @@ class SeedRuns:
 
 
 def value_of(result: RunResult, metric: str) -> float:
-    """The metric of a run; `accuracy` finds `eval_accuracy`.
+    """The metric of a run; `accuracy` finds `eval_accuracy`. NaN where the run diverged.
 
     Raises:
         MethodError: it was never logged; says what was.
     """
+    if result.diverged:
+        return math.nan
     try:
         return watched_metric.value_of(result.metrics, metric)
     except ValueError as error:
@@ -191,7 +207,7 @@ def numbers_in(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 def keep_result(out: Path, result: RunResult, kind: Kind = "run") -> None:
     """At once, and whole."""
-    write_whole(out / f"{kind}-{result.number}.json", json.dumps(asdict(result)) + "\n")
+    write_whole(out / f"{kind}-{result.number}.json", as_json(asdict(result)))
 
 
 def read_results(out: Path, kind: Kind = "run") -> dict[int, RunResult]:
@@ -204,7 +220,8 @@ def read_results(out: Path, kind: Kind = "run") -> dict[int, RunResult]:
     for file in out.glob(f"{kind}-*.json"):
         try:
             body: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            body["evaluations"] = tuple((step, metrics) for step, metrics in body["evaluations"])
+            body["evaluations"] = tuple((step, _numbers(metrics)) for step, metrics in body["evaluations"])
+            body |= {name: _numbers(body[name]) for name in ("metrics", "judged") if name in body}
             found[body["number"]] = RunResult(**body)
         except (ValueError, TypeError, KeyError) as error:
             raise MethodError(
@@ -212,6 +229,27 @@ def read_results(out: Path, kind: Kind = "run") -> dict[int, RunResult]:
                 "is made again."
             ) from error
     return dict(sorted(found.items()))
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """As any reader of JSON takes it: what is no finite number is null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case Mapping():
+            return {key: _finite(part) for key, part in value.items()}
+        case list() | tuple():
+            return [_finite(part) for part in value]
+        case _:
+            return value
+
+
+def _numbers(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: math.nan if value is None else value for name, value in metrics.items()}
 
 
 def write_whole(path: Path, text: str) -> None:

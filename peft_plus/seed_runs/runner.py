@@ -15,6 +15,7 @@ from .axis import AXES, Axis
 from .call import Call
 from .claim import claim, named
 from .finish_best import halve, race
+from .lock import only_one
 from .one_run import Evaluate, Factory
 from .racing import Racing, SuccessiveHalving
 from .results import SETTINGS, SeedRuns, read_results, value_of
@@ -41,7 +42,7 @@ def seeds(
 
     ```python
     def lora(seeds):
-        model = get_model(base, "lora", task="SEQ_CLS", num_labels=2)
+        model = get_model("bert-base-uncased", "lora", task="SEQ_CLS", num_labels=2)
         return Trainer(model, TrainingArguments(num_train_epochs=3), train_dataset=train, eval_dataset=dev,
                        compute_metrics=model.peft_plus.task.compute_metrics)
 
@@ -50,15 +51,16 @@ def seeds(
     ```
 
     Each result is written as soon as it is there. A second call with the same `out` makes only what is missing; an
-    interrupted run goes on from its newest checkpoint, where its arguments save any. Runs that fail are recorded, and
-    the others go on.
+    interrupted run goes on from its newest checkpoint, where its arguments save any. A run that diverges has a result,
+    and counts as failed. Runs that end by another error are recorded, and the others go on.
 
     Args:
-        factory: `Seeds` → a Trainer, not yet trained. Torch's, NumPy's and Python's random numbers are seeded with
-            `init` before each call; `output_dir`, `seed` and `data_seed` of its arguments are set here.
+        factory: `Seeds` → a Trainer, not yet trained, with a model that it builds anew each time. Torch's, NumPy's and
+            Python's random numbers are seeded with `init` before each call; `output_dir`, `seed` and `data_seed` of its
+            arguments are set here.
         n: runs, ≥ 2. A later call may ask for more.
         metric: of the final evaluation, e.g. `accuracy` or `eval_loss`. Another one makes no run anew.
-        greater_is_better: by default less is better of what has `loss` in its name, else more.
+        greater_is_better: by default less is better of a loss or an error, by its name, else more.
         out: folder for results, `run-<number>.json`, and for what runs need meanwhile.
         base: first seed.
         vary: the axes on which runs differ, of `init`, `order`, `dropout`; the others keep the seed `base`.
@@ -70,7 +72,8 @@ def seeds(
     Returns: the results.
     Raises:
         ValueError: an argument is out of its range.
-        MethodError: the factory gives no Trainer; the metric was never logged; `out` holds the runs of another call.
+        MethodError: the factory gives no Trainer, or the model of an earlier run; the metric was never logged; `out`
+            holds the runs of another call, or another one works in it.
         TrainingError: runs failed, and all others were made. Finished ones are kept, and calling again goes on.
     """
     call = Call(
@@ -84,12 +87,24 @@ def seeds(
         exact=isinstance(racing, Racing),
     )
     _check(call, n, vary, racing, workers)
+    with only_one(call.out):
+        return _made(call, n, racing, workers, description)
+
+
+def _made(
+    call: Call,
+    n: int,
+    racing: Racing | SuccessiveHalving | None,
+    workers: int | Literal["auto"],
+    description: str | None,
+) -> SeedRuns:
+    """What is missing is made."""
     _claim(call, racing, description)
     done = {number: result for number, result in read_results(call.out).items() if number < n}
     if done:
         logger.info("%s holds %d of %d results; they are not made again.", call.out, len(done), n)
     for result in done.values():
-        value_of(result, metric)
+        value_of(result, call.metric)
     if isinstance(racing, SuccessiveHalving):
         failed = halve(call, racing, n, done)
     elif isinstance(racing, Racing):
@@ -99,7 +114,7 @@ def seeds(
         failed = run_all(call, missing, workers, lambda result: call.keep(result, done))
     results = SeedRuns(
         results=tuple(done[number] for number in sorted(done)),
-        metric=metric,
+        metric=call.metric,
         greater_is_better=call.greater_is_better,
         folder=call.out,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from importlib.util import find_spec
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from peft_plus import MethodError, SeedRuns, SuccessiveHalving
 from peft_plus.seed_runs import RunResult, compare_table, optional
@@ -18,10 +20,8 @@ from peft_plus.seed_runs.results import SETTINGS, keep_result, write_whole
 
 def runs(*values: float, metric: str = "eval_accuracy", majority: float | None = 0.6, **each: Any) -> SeedRuns:
     """Finished runs with these values."""
-    results = [
-        RunResult(number=k, seeds={}, metrics={metric: v}, steps=10, max_steps=10, majority=majority, **each)
-        for k, v in enumerate(values)
-    ]
+    common = {"seeds": {}, "steps": 10, "max_steps": 10, "majority": majority, **each}
+    results = [RunResult(number=k, metrics={metric: v}, **common) for k, v in enumerate(values)]
     return SeedRuns(results=tuple(results), metric=metric, greater_is_better="loss" not in metric)
 
 
@@ -49,6 +49,59 @@ def test_the_largest_class_measures_the_accuracy_of_its_own_data_alone(metric: s
 def test_a_run_that_is_not_a_number_has_failed() -> None:
     assert runs(0.9, math.nan, 0.8, 0.7).report().failed == 0.25
     assert runs(0.9, math.nan, metric="eval_loss").report(majority=1.0).failed == 0.5
+
+
+def test_runs_without_a_number_are_told_and_spoil_no_other_figure(tmp_path: Path) -> None:
+    """One diverged, the metric of another is NaN."""
+    some = runs(0.9, 0.8, math.nan, 0.7)
+    some = replace(some, results=(*some.results, replace(some.results[0], number=4, metrics={}, diverged="the loss")))
+    report, without = some.report(), runs(0.9, 0.8, 0.7).report()
+    assert report.no_number == (2, 4)
+    assert report.failed == 0.4
+    assert (report.mean, report.std, report.expected_best) == (without.mean, without.std, without.expected_best)
+    assert "2 of 5 runs ended without a number" in str(report)
+    again = json.loads((some.save(tmp_path) / "report.json").read_text(), parse_constant=pytest.fail)
+    assert again["values"]["4"] is None
+    for result in some.results:
+        keep_result(tmp_path, result)
+    write_whole(tmp_path / SETTINGS, '{"metric": "eval_accuracy", "greater_is_better": true}')
+    assert SeedRuns.load(tmp_path).report().as_dict().keys() == report.as_dict().keys()
+    assert math.isnan(SeedRuns.load(tmp_path).values[2])
+    assert SeedRuns.load(tmp_path).results[4].diverged == "the loss"
+
+
+def test_a_run_that_ended_by_an_error_is_told(tmp_path: Path) -> None:
+    write_whole(tmp_path / "run-2.error.txt", "no luck")
+    write_whole(tmp_path / "run-0.error.txt", "no luck, but made again since")
+    some = replace(runs(0.9, 0.8), folder=tmp_path)
+    assert some.broken == some.report().broken == (2,)
+    assert "1 runs ended by an error and have no result (2)" in str(some.report())
+
+
+def test_a_run_that_collapsed_has_failed_though_fp32_rounds_upward() -> None:
+    value = torch.tensor([1.0] * 8 + [0.0] * 7).mean().item()
+    assert value > 8 / 15
+    assert runs(value, 0.9, majority=8 / 15).report().failed == 0.5
+
+
+def test_the_runs_that_racing_finished_are_not_taken_for_all() -> None:
+    """One of four was finished: who failed is unknown, and the best to expect is that of all where they were judged."""
+    early = (0.6, 0.7, 0.5, 0.65)
+    whole = runs(*early)
+    results = [
+        replace(one, steps=3, finished=False, judged=one.metrics) if one.number != 1
+        else replace(one, metrics={"eval_accuracy": 0.9}, judged=one.metrics)
+        for one in whole.results
+    ]  # fmt: skip
+    report = replace(whole, results=tuple(results)).report()
+    assert (report.n, report.stopped, report.failed, report.most) == (1, 3, None, 0.9)
+    assert report.cost == pytest.approx((10 + 3 * 3) / 40)
+    assert report.expected_best[1] == pytest.approx(np.mean(early))
+    assert math.isnan(report.mean.low)
+    assert "Racing stopped 3 of 4 runs, and found 0.9000 with 48 % of the steps of all." in str(report)
+    assert "the best to expect of so many runs: of 1 0.6125" in str(report)
+    with pytest.raises(ValueError, match="Racing chose which of these runs were finished"):
+        whole.compare(replace(whole, results=tuple(results)))
 
 
 def test_less_is_better_of_a_loss() -> None:
@@ -82,8 +135,22 @@ def test_runs_are_compared_by_their_numbers() -> None:
     assert comparison.std_ratio.value == pytest.approx(1.0)
     with pytest.raises(ValueError, match="read them with one metric"):
         a.compare(runs(0.1, 0.2, metric="eval_loss"))
-    with pytest.raises(ValueError, match=r"both have finished; here \[0\]"):
+    with pytest.raises(ValueError, match=r"ended with a number in both; here \[0\]"):
         a.compare(replace(b, results=b.results[:1]))
+
+
+def test_pairs_have_equal_seeds() -> None:
+    a, b = (runs(0.8, 0.9, seeds={"init": seed}) for seed in (0, 100))
+    with pytest.raises(ValueError, match=r"Run 0 of one has the seeds .*100.*only runs of equal base and vary"):
+        a.compare(b)
+
+
+def test_a_pair_without_a_number_is_left_out_and_told() -> None:
+    comparison = runs(0.8, math.nan, 0.7, 0.9).compare(runs(0.5, 0.7, 0.6, math.nan))
+    assert (comparison.n, comparison.left_out) == (2, (1, 3))
+    assert comparison.mean.value == pytest.approx(0.2)
+    assert comparison.p == 0.5
+    assert "2 pairs, without 1, 3, which gave no number" in str(comparison)
 
 
 def test_the_difference_of_spreads_is_redrawn_pair_by_pair() -> None:
@@ -96,8 +163,8 @@ def test_the_difference_of_spreads_is_redrawn_pair_by_pair() -> None:
 def test_the_table_holds_a_row_for_each_training_and_none_compared_with_itself() -> None:
     table = compare_table({"lora": runs(0.8, 0.6, cpu_seconds=2.0), "r3f": runs(0.9, 0.8, cpu_seconds=4.0)},
                           baseline="lora").splitlines()  # fmt: skip
-    assert table[2].startswith("| lora | 0.7000 | 0.1414 | 0.6000 | 50 % | | | | 1.00 × |")
-    assert table[3].startswith("| r3f | 0.8500 | 0.0707 | 0.8000 | 0 % | +0.1500 [")
+    assert table[2].startswith("| lora | 2 | 0.7000 | 0.1414 | 0.6000 | 50 % | | | | 1.00 × |")
+    assert table[3].startswith("| r3f | 2 | 0.8500 | 0.0707 | 0.8000 | 0 % | +0.1500 [")
     assert table[3].endswith("| 2.00 × |")
     with pytest.raises(ValueError, match="baseline='full' is none of"):
         compare_table({"lora": runs(0.1, 0.2)}, baseline="full")

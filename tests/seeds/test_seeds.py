@@ -177,7 +177,7 @@ def test_racing_finishes_the_best_as_whole_runs_would(tmp_path: Path) -> None:
     report = raced.report()
     assert report.stopped == 2
     assert report.cost == pytest.approx(racing.cost(4) / 4)
-    assert "Racing stopped 2 of 4 runs: 75 % of all steps" in str(report)
+    assert "Racing stopped 2 of 4 runs, and found" in str(report)
     again = seeds(plain, 4, out=tmp_path / "raced", racing=racing)
     assert again == raced
 
@@ -210,7 +210,7 @@ def test_the_report_says_mean_spread_and_failed_runs(tmp_path: Path) -> None:
     assert runs.report(majority=1.0).failed == 1.0
     folder = runs.save()
     assert json.loads((folder / "report.json").read_text())["n"] == 3
-    assert "95 % bootstrap intervals" in (folder / "report.md").read_text()
+    assert "95 % intervals over the runs" in (folder / "report.md").read_text()
 
 
 def test_two_trainings_are_compared_run_by_run(tmp_path: Path) -> None:

@@ -9,16 +9,27 @@ import pytest
 from scipy import stats
 
 from peft_plus.seed_runs import Racing, simulate_racing
-from peft_plus.seed_runs.statistics import bootstrap, expected_best, mean, paired_permutation, std
+from peft_plus.seed_runs.statistics import (
+    Estimate,
+    bootstrap,
+    expected_best,
+    mean,
+    paired_permutation,
+    spread,
+    std,
+    t_quantile,
+)
 
 VALUES = np.random.default_rng(3).normal(0.8, 0.05, 20).tolist()
 OTHERS = np.random.default_rng(4).normal(0.78, 0.05, 20).tolist()
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(mean, np.mean), (std, lambda x, axis: np.std(x, axis=axis, ddof=1))])
-def test_bootstrap_intervals_are_scipys_up_to_what_was_drawn(ours, theirs) -> None:
-    got = bootstrap(ours, VALUES)
-    wanted = stats.bootstrap((VALUES,), theirs, method="percentile", n_resamples=20_000, rng=1).confidence_interval
+def test_bootstrap_intervals_are_scipys_at_the_expanded_level_up_to_what_was_drawn(ours, theirs) -> None:
+    got, n = bootstrap(ours, VALUES), len(VALUES)
+    tail = stats.norm.cdf(-np.sqrt(n / (n - 1)) * stats.t.ppf(0.975, n - 1))
+    drawn = {"method": "percentile", "n_resamples": 20_000, "rng": 1, "confidence_level": 1 - 2 * tail}
+    wanted = stats.bootstrap((VALUES,), theirs, **drawn).confidence_interval
     width = wanted.high - wanted.low
     assert got.value == pytest.approx(theirs(np.array(VALUES), axis=-1))
     assert abs(got.low - wanted.low) < 0.05 * width
@@ -43,6 +54,33 @@ def test_a_permutation_test_of_many_pairs_comes_near_the_exact_one() -> None:
     signs = np.array(list(product([1, -1], repeat=16)))
     exact = np.mean(np.abs(signs @ differences / 16) >= abs(differences.mean()) - 1e-12)
     assert paired_permutation(differences.tolist()) == pytest.approx(exact, abs=0.005)
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 9, 19, 199])
+def test_quantiles_of_t_are_scipys(freedom: int) -> None:
+    assert t_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=2e-3)
+
+
+@pytest.mark.parametrize(("n", "least"), [(5, 0.95), (10, 0.93), (20, 0.92)])
+def test_the_interval_of_a_spread_holds_the_truth_as_often_as_it_says(n: int, least: float) -> None:
+    """Normal values; the share has a standard error of 1 % itself."""
+    draws = np.random.default_rng(7).normal(0.8, 0.05, (500, n))
+    inside = [(one := spread(row.tolist())).low <= 0.05 <= one.high for row in draws]
+    assert np.mean(inside) >= least
+    assert spread(draws[0].tolist()).value == pytest.approx(np.std(draws[0], ddof=1))
+
+
+def test_a_spread_of_equal_values_is_none_and_that_of_a_few_has_no_interval() -> None:
+    assert spread([0.5] * 6) == Estimate(0.0, 0.0, 0.0)
+    few = spread([0.5, 0.7, 0.6])
+    assert few.value == pytest.approx(0.1)
+    assert np.isnan([few.low, few.high]).all()
+    assert np.isnan(bootstrap(mean, [0.5]).low)
+
+
+def test_what_is_no_number_has_no_p() -> None:
+    for n in (6, 20):
+        assert np.isnan(paired_permutation([0.1] * (n - 1) + [float("nan")]))
 
 
 def test_equal_runs_differ_by_nothing() -> None:

@@ -38,7 +38,7 @@ class GradualUnfreeze(Plugin):
         blocks: how many depths a thaw brings, ≥ 1.
         keep: `"all"`: what was thawed trains on; `"newest"`: only the newest depths do, and the head.
         metric: name of the metric, with or without the Trainer's `eval_`.
-        greater_is_better: its direction; None: lower is better where the name contains "loss", higher elsewhere.
+        greater_is_better: its direction; None: lower is better of a loss or an error, by its name, else higher.
         patience: how many evaluations in a row without an improvement let the next depth thaw, ≥ 1.
         min_delta: what counts as an improvement: better than the best so far by more than this, in the metric's units,
             ≥ 0.

@@ -32,7 +32,7 @@ class Phase:
         patience: evaluations in a row without an improvement of `metric`, ≥ 1.
         metric: with or without the Trainer's `eval_`.
         min_delta: by more than this an improvement is better than the best so far, in the metric's units, ≥ 0.
-        greater_is_better: the metric's direction; None: lower is better where its name contains "loss".
+        greater_is_better: the metric's direction; None: lower is better of a loss or an error, by its name.
         restore_best: whether at its end the weights go back to those of its best evaluation.
         lr_scale: factor of the learning rate, > 0.
     """

@@ -8,48 +8,46 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import numpy as np
-import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold, cross_val_score
-
 from peft_plus import Param, Plugin, Run, registry
 from peft_plus.watched_metric import better, rises, value_of
 
-logger = logging.getLogger(__name__)
+from .adaptive_budget import can_freeze, choose, stopping
 
-WANTED_STEPS = 600
-"""Optimizer steps that a run should have, at least, as far as `MOST_EPOCHS` allow."""
-FEWEST_EPOCHS, MOST_EPOCHS = 3, 20
-SOLVED = 0.9
-"""The share of what a linear probe could win over the largest class, from which on the lower half is left frozen."""
-PROBED = 1_000
-FOLDS = 5
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
 class Adaptive(Plugin):
-    """Choose epochs, rate, warm-up, frozen depth and early stopping by the data, and say why; slow down on a plateau.
+    """Choose epochs, rate, warm-up, frozen depth and early stopping by the data, say why, and follow the progress.
 
     Before a Trainer's run: passes over the data so that there are about 600 steps, from 3 to 20 (20 is Mosbach et al.
-    2021's, arXiv:2006.04884, for small data); 2e-5 where base weights train, else your rate; a tenth of the steps of
-    warm-up; the lower half of the blocks frozen where a linear probe of the last block wins 90 % of what there is to
-    win over the largest class; early stopping where there is something to evaluate on. While it trains: after
-    `patience` evaluations without improvement the rate is multiplied by `lr_factor`, and a run that goes on so is
-    stopped. Each choice is logged with its reason. `freeze` and `early_stop` are found by name among what is installed.
+    2021's, arXiv:2006.04884, for small data), where a class that holds 80 % or more counts as much as all others
+    together; 2e-5 where base weights train, else your rate; a tenth of the steps of warm-up; the lower half of the
+    blocks frozen where a linear probe of the last block wins 90 % of what there is to win over the largest class; an
+    evaluation after each epoch, unless you chose when, and early stopping where there is something to evaluate on.
+    While it trains: after `patience` evaluations without improvement the highest frozen block thaws; where none is
+    frozen the rate is multiplied by `lr_factor`; and a run that goes on so is stopped with its best weights. Each
+    choice is logged with its reason. `freeze` and `early_stop` are found by name among what is installed.
 
-    What you give is not chosen.
+    What you give is not chosen, and `max_steps` of the arguments counts unless `epochs` is given. A rate is chosen for
+    the arguments: an optimizer of your own keeps its own, and a warning says so. A `Session` has no arguments and shows
+    no data before it begins: there nothing is chosen, a warning says so, and only what follows the progress acts, with
+    the `frozen_blocks` that you give.
 
     Args:
-        epochs: > 0; None: by the number of examples.
+        epochs: > 0; None: by the number of examples and their balance.
         learning_rate: > 0; None: by what trains.
-        warmup_fraction: in [0, 1).
-        frozen_blocks: ≥ 0; None: by a linear probe, for classification, else 0.
+        warmup_fraction: of all steps, in [0, 1).
+        frozen_blocks: ≥ 0, the embeddings with them; None: by a linear probe, for classification, else 0.
+        thaw: whether a plateau thaws; False: what is frozen stays so, and holds no optimizer state. It also does
+            where nothing is evaluated.
         metric: what an evaluation tells, with or without `eval_`.
-        patience: evaluations without improvement, ≥ 1, until the rate falls; three times as many end the run.
+        patience: evaluations without improvement, ≥ 1, until a block thaws or the rate falls; three times as many end
+            the run.
         lr_factor: in (0, 1]; 1 leaves the rate alone.
+        stop: whether a run that does not improve is ended.
     Raises:
-        ValueError: a setting is out of its range; the data are read as a stream.
+        ValueError: a setting is out of its range or does not fit the model; the data are read as a stream.
         MethodError: a technique that it chose is not installed; says which distribution brings it.
     """
 
@@ -61,19 +59,31 @@ class Adaptive(Plugin):
     learning_rate: float | None = None
     warmup_fraction: float = 0.1
     frozen_blocks: int | None = None
+    thaw: bool = True
     metric: str = "eval_loss"
     patience: int = 2
     lr_factor: float = 0.5
+    stop: bool = True
 
     chosen: dict[str, dict[str, Any]] = field(init=False, default_factory=dict)
     """Technique → its settings."""
     reasons: list[str] = field(init=False, default_factory=list)
     """Each choice, and why."""
+    settled: bool = field(init=False, default=False)
+    """Whether `chosen` and what follows are of the stage at work."""
+    thaws: bool = field(init=False, default=False)
+    planned_rate: float | None = field(init=False, default=None)
+    stopper: Plugin | None = field(init=False, default=None)
+    """`early_stop`, where it was chosen."""
+    freezers: dict[int, Plugin] = field(init=False, default_factory=dict)
+    """`freeze` of so many blocks."""
+    frozen: int = field(init=False, default=0)
+    """How many of the lowest blocks are frozen now."""
     best: float | None = field(init=False, default=None)
     waited: int = field(init=False, default=0)
+    """Evaluations since the best one."""
     lowered: int = field(init=False, default=0)
     """How often the rate has fallen."""
-    techniques: list[Plugin] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         for name in ("epochs", "learning_rate"):
@@ -91,65 +101,107 @@ class Adaptive(Plugin):
 
     # ---- before ------------------------------------------------------------------------------------------------------
 
+    def on_build(self, run: Run) -> None:
+        given = self.frozen_blocks
+        if not given:
+            return
+        if given > run.num_blocks:
+            raise ValueError(
+                f"frozen_blocks={given} is past the depth of this model, which has {run.num_blocks} blocks. Give "
+                f"{run.num_blocks} at most."
+            )
+        if not can_freeze(run, given):
+            lies = "nothing trains there" if min(run.depths) > given else "nothing else trains"
+            raise ValueError(
+                f"frozen_blocks={given} does not fit: {lies}, for the tuner trains at the depths "
+                f"{sorted(run.depths)} (0: embeddings, {run.num_blocks + 1}: head). Give another number, 0, or another "
+                "tuner."
+            )
+        _technique("freeze")  # rather told now than when the run begins
+
     def plan_budget(self, run: Run) -> Mapping[str, Any]:
-        self.chosen, self.reasons = {}, []
-        labels, features = look_at(run, probe=self.frozen_blocks is None)
-        steps = run.steps_per_epoch
-        epochs = self.epochs or epochs_for(steps)
-        self._say(
-            f"{epochs:g} epochs of {steps} steps",
-            "as you said" if self.epochs else f"{len(labels)} examples; {WANTED_STEPS} steps are wanted",
-        )
-        args: dict[str, Any] = {"num_train_epochs": float(epochs), "warmup_steps": self.warmup_fraction}
-        args["max_steps"] = -1  # it would win over the epochs
-        self._say(f"warm-up over {self.warmup_fraction:g} of the steps", "a cold start scatters")
-        pretrained = any(param.part == "base" for param in run.params)
-        if self.learning_rate is not None or pretrained:
-            args["learning_rate"] = self.learning_rate or 2e-5
-            why = "as you said" if self.learning_rate else "pretrained weights train"
-            self._say(f"learning rate {args['learning_rate']:g}", why)
-        else:
-            self._say(f"learning rate {run.base_lr:g}, yours", "only fresh weights train, and no rule fits all of them")
-        self._choose_frozen(run, labels, features)
-        if run.evaluates:
-            args["eval_strategy"] = "epoch"
-            self.chosen["early_stop"] = {"metric": self.metric, "patience": 3 * self.patience}
-            self._say(f"early stopping after {3 * self.patience} evaluations", "there is data to evaluate on")
-        else:
-            self._say("no early stopping", "there is nothing to evaluate on")
-        self._make()
+        choices = choose(self, run)
+        self.chosen, self.reasons, self.settled = choices.techniques, choices.reasons, True
+        self.thaws, self.planned_rate = choices.thaws, choices.args.get("learning_rate")
+        for name in self.chosen:
+            _technique(name)  # rather missing now than once it is needed
+        self.stopper = _made("early_stop", self.chosen)
         logger.warning("adaptive chose:\n%s", "\n".join(f"- {reason}" for reason in self.reasons))
-        return args
+        return choices.args
 
-    def _choose_frozen(self, run: Run, labels: np.ndarray, features: np.ndarray | None) -> None:
-        frozen, why = self.frozen_blocks or 0, "as you said"
-        if self.frozen_blocks is None:
-            gain = None if features is None else probe_gain(features, labels)
-            if gain is None:
-                why = "no probe: no classification, or too few of a class"
-            else:
-                frozen = run.num_blocks // 2 if gain >= SOLVED else 0
-                why = f"a linear probe wins {gain:.0%} of what there is over the largest class"
-        if frozen and len({param.depth for param in run.params}) > 1:
-            self.chosen["freeze"] = {"blocks": frozen}
-        self._say(f"{frozen} blocks frozen", why)
+    def _settle(self) -> None:
+        """In a loop that asked for no plan: what the settings alone say."""
+        self.chosen, self.thaws, self.planned_rate = {}, self.thaw, None
+        if self.frozen_blocks:
+            self.chosen["freeze"] = {"blocks": self.frozen_blocks}
+        if self.stop:
+            self.chosen |= stopping(self)
+        self.stopper = _made("early_stop", self.chosen)
+        self.settled = True
 
-    def _say(self, choice: str, why: str) -> None:
-        self.reasons.append(f"{choice}: {why}")
-
-    def _make(self) -> None:
-        """The techniques that were chosen, from whatever distribution brings them."""
-        found = {name: registry.load(registry.find(name, ("plugin",))) for name in self.chosen}
-        self.techniques = [found[name](**settings) for name, settings in self.chosen.items()]
-
-    # ---- while it trains: the techniques answer, and the plateau -----------------------------------------------------
+    # ---- while it trains ---------------------------------------------------------------------------------------------
 
     def on_stage_begin(self, run: Run) -> None:
-        self.best, self.waited, self.lowered = None, 0, 0
-        self._tell("on_stage_begin", run)
+        if not self.settled or run.evaluates is None:  # a Trainer that broke off may have left its choices
+            self._settle()
+            logger.warning("adaptive plans nothing in a loop of your own. %s", self._acts())
+        self.best, self.waited, self.lowered, self.frozen = None, 0, 0, self._first_frozen()
+        self._check_rate(run)
+        if self.stopper is not None:
+            self.stopper.on_stage_begin(run)
+
+    def _acts(self) -> str:
+        frozen, lowers = self.frozen_blocks or 0, self.lr_factor < 1
+        steps = ["the next block thaws"] if frozen and self.thaw else []
+        steps += [f"the rate is multiplied by {self.lr_factor:g}"] if lowers else []
+        plateau = f"after {self.patience} evaluations without improvement {', later '.join(steps)}" if steps else ""
+        ends = f"after {3 * self.patience} the run ends with its best weights" if self.stop else ""
+        acts = "; ".join(filter(None, [f"{frozen} blocks are frozen" if frozen else "", plateau, ends])) or "nothing"
+        ignored = [f"{n}={getattr(self, n):g}" for n in ("epochs", "learning_rate") if getattr(self, n) is not None]
+        return (
+            f"What acts, once session.evaluated(metrics) tells {self.metric}: {acts}. What does not: the number of "
+            "epochs, the learning rate, the warm-up and the linear probe are left to your loop"
+            + (f", and {' and '.join(ignored)} has no effect." if ignored else ".")
+        )
+
+    def _check_rate(self, run: Run) -> None:
+        """A rate that was chosen is none where the optimizer was not made from the arguments."""
+        groups: Any = () if run.optimizer is None else run.optimizer.param_groups
+        rates = {float(rate) for group in groups if (rate := group.get("initial_lr", group["lr"])) is not None}
+        if self.planned_rate is not None and rates and self.planned_rate not in rates:
+            logger.warning(
+                "adaptive chose the learning rate %g, but the optimizer was made with %s, and that counts. Leave the "
+                "optimizer to the Trainer, or make it with the rate that you want.",
+                self.planned_rate,
+                ", ".join(f"{rate:g}" for rate in sorted(rates)),
+            )
 
     def ever_trains(self, run: Run, param: Param) -> bool:
-        return all(one.ever_trains(run, param) for one in self.techniques)
+        thaws = self.thaws if self.settled else self.thaw
+        return thaws or self._trains(run, param, self._first_frozen())
+
+    def may_train(self, run: Run, param: Param) -> bool:
+        return self._trains(run, param, self._frozen_at(run))
+
+    def next_change(self, run: Run) -> int | None:
+        if not self.settled and self.frozen_blocks is None:
+            return NotImplemented  # the data will say
+        thaws = self.thaws if self.settled else self.thaw
+        return NotImplemented if thaws and self._frozen_at(run) else None
+
+    def _first_frozen(self) -> int:
+        """How many blocks are frozen when the stage begins."""
+        return self.chosen.get("freeze", {"blocks": 0})["blocks"] if self.settled else self.frozen_blocks or 0
+
+    def _frozen_at(self, run: Run) -> int:
+        return self.frozen if run.step else self._first_frozen()  # what is known now is not of step 0
+
+    def _trains(self, run: Run, param: Param, blocks: int) -> bool:
+        if not blocks:
+            return True
+        if blocks not in self.freezers:
+            self.freezers[blocks] = _technique("freeze")(blocks=blocks)
+        return self.freezers[blocks].ever_trains(run, param)
 
     def lr_scale(self, run: Run, param: Param) -> float:
         return self.lr_factor**self.lowered
@@ -157,101 +209,62 @@ class Adaptive(Plugin):
     def lr_key(self, param: Param) -> tuple[Any, ...]:
         return ()
 
-    def on_step_end(self, run: Run) -> None:
-        self._tell("on_step_end", run)
-
     def on_evaluate(self, run: Run) -> None:
         value = value_of(run.last_metrics, self.metric)
         if better(value, self.best, greater_is_better=rises(self.metric, None)):
             self.best, self.waited = value, 0
         else:
             self.waited += 1
-            if self.waited % self.patience == 0 and self.lr_factor < 1:
-                self.lowered += 1
-                logger.warning(
-                    "adaptive: %s has not improved for %d evaluations, so the rate falls to %g of what it would be.",
-                    self.metric,
-                    self.waited,
-                    self.lr_factor**self.lowered,
-                )
-        self._tell("on_evaluate", run)
+        if self.stopper is not None:
+            self.stopper.on_evaluate(run)
+        if self.waited and self.waited % self.patience == 0 and not run.stop_reasons:
+            self._follow_plateau(run)
+
+    def _follow_plateau(self, run: Run) -> None:
+        if self.thaws and self.frozen:
+            top = max((depth for depth in run.depths if depth <= self.frozen), default=0)  # above it nothing is to thaw
+            self.frozen = max(0, top - 1)
+            thawed = [f"block {top}"] if top else []
+            thawed += ["the embeddings"] if not self.frozen and 0 in run.depths else []
+            done = f"{' and '.join(thawed) or 'nothing'} may train from now on; {self.frozen} blocks stay frozen"
+        elif self.lr_factor < 1:
+            self.lowered += 1
+            done = f"the rate falls to {self.lr_factor**self.lowered:g} of what it would be"
+        else:
+            return
+        logger.warning("adaptive: %s has not improved for %d evaluations, so %s.", self.metric, self.waited, done)
 
     def on_stage_end(self, run: Run) -> None:
-        self._tell("on_stage_end", run)
-
-    def _tell(self, event: str, run: Run) -> None:
-        for one in self.techniques:
-            getattr(one, event)(run)
+        if self.stopper is not None:
+            self.stopper.on_stage_end(run)
+        self.settled = False
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> Mapping[str, Any]:
-        own = {"best": self.best, "waited": self.waited, "lowered": self.lowered, "reasons": list(self.reasons)}
-        return own | {"techniques": {one.name: dict(one.state_dict()) for one in self.techniques}}
+        names = ("best", "waited", "lowered", "frozen", "thaws", "chosen", "reasons")
+        stopping = {} if self.stopper is None else dict(self.stopper.state_dict())
+        return {name: getattr(self, name) for name in names} | {"early_stop": stopping}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.best, self.waited, self.lowered = state["best"], state["waited"], state["lowered"]
-        self.reasons = list(state["reasons"])
-        names = [one.name for one in self.techniques]
-        if sorted(names) != sorted(state["techniques"]):
-            raise ValueError(
-                f"the checkpoint holds the state of {sorted(state['techniques'])}, now {names} were chosen."
-            )
-        for one in self.techniques:
-            one.load_state_dict(state["techniques"][one.name])
+        if not self.settled:
+            self._settle()
+        for name in ("chosen", "thaws"):
+            if state[name] != getattr(self, name):
+                raise ValueError(
+                    f"the checkpoint was written with {name}={state[name]}, and now it is {getattr(self, name)}: "
+                    "go on with the data, the model and the settings that the run began with."
+                )
+        for name in ("best", "waited", "lowered", "frozen", "reasons"):
+            setattr(self, name, state[name])
+        if self.stopper is not None:
+            self.stopper.load_state_dict(state["early_stop"])
 
 
-def epochs_for(steps: int) -> int:
-    """Passes over the data so that there are about 600 steps, from 3 to 20.
-
-    Args:
-        steps: of one pass, ≥ 1.
-    """
-    return min(MOST_EPOCHS, max(FEWEST_EPOCHS, round(WANTED_STEPS / max(1, steps))))
+def _technique(name: str) -> Any:
+    """The class of that name, from whatever distribution brings it."""
+    return registry.load(registry.find(name, ("plugin",)))
 
 
-def look_at(run: Run, *, probe: bool) -> tuple[np.ndarray, np.ndarray | None]:
-    """The labels of all examples, and what the last block makes of the first thousand, each averaged over its tokens.
-
-    Returns: labels, (examples,), −1 where there is no single one; features, (examples ≤ 1000, width), or None where
-        there is nothing to classify.
-    """
-    labels: list[int] = []
-    features: list[torch.Tensor] = []
-    classifies = run.task.name == "SEQ_CLS" and run.task.distribution == "categorical"
-    for batch in run.examples(16):
-        own = batch.get("labels")
-        single = isinstance(own, torch.Tensor) and own.dim() == 1 and not own.is_floating_point()
-        rows = len(next(value for value in batch.values() if isinstance(value, torch.Tensor)))
-        labels += own.tolist() if single else [-1] * rows  # type: ignore[union-attr]
-        if probe and classifies and single and len(features) * 16 < PROBED and run.num_blocks:
-            hidden = run.hidden(batch, run.num_blocks).float()
-            mask = batch.get("attention_mask")
-            if mask is not None:
-                hidden = hidden[:, -mask.shape[1] :]  # without a prompt's virtual tokens
-            weights = torch.ones(hidden.shape[:2]) if mask is None else mask.float()
-            weights = weights.to(hidden.device)[..., None]
-            features.append(((hidden * weights).sum(1) / weights.sum(1).clamp(min=1)).cpu())
-    return np.array(labels), torch.cat(features).numpy() if features else None
-
-
-def probe_gain(features: np.ndarray, labels: np.ndarray) -> float | None:
-    """What a linear probe wins of what there is to win over the largest class: (accuracy − share) / (1 − share).
-
-    By five-fold cross-validated logistic regression on standardised features.
-
-    Args:
-        features: (n, width).
-        labels: (≥ n,), of the first n rows.
-    Returns: at most 1, and less than 0 where it is worse than the largest class; None where a class has fewer than five
-        examples, or there is only one.
-    """
-    labels = labels[: len(features)]
-    counts = np.unique(labels, return_counts=True)[1]
-    if len(counts) < 2 or counts.min() < FOLDS:
-        return None
-    scaled = (features - features.mean(0)) / (features.std(0) + 1e-6)
-    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
-    accuracy = cross_val_score(LogisticRegression(max_iter=500), scaled, labels, cv=folds).mean()
-    share = counts.max() / counts.sum()
-    return float((accuracy - share) / (1 - share))
+def _made(name: str, chosen: Mapping[str, Mapping[str, Any]]) -> Plugin | None:
+    return _technique(name)(**chosen[name]) if name in chosen else None

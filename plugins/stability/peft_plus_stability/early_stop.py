@@ -27,7 +27,7 @@ class EarlyStop(Plugin):
         metric: what an evaluation tells, with or without `eval_`.
         patience: evaluations in a row, ≥ 1.
         min_delta: ≥ 0, in the metric's units.
-        greater_is_better: None: unless "loss" is in the name.
+        greater_is_better: None: unless its name is that of a loss or an error.
         restore_best: whether the best weights come back.
     Raises:
         ValueError: a setting is out of its range; the run never evaluates, or an evaluation does not tell the metric.

@@ -1,4 +1,4 @@
-"""FreeLB: adversarial training for the price of its ascent steps."""
+"""FreeLB: adversarial augmentation of the embeddings for the price of its ascent steps."""
 
 from __future__ import annotations
 
@@ -27,14 +27,16 @@ class FreeLB(Plugin):
     pass's backward gives g and the gradient of the weights at once. All passes of a micro-batch see the same draw of
     dropout, as in the authors' code, so that they ascend on one function.
 
+    This is adversarial augmentation: an example keeps its label while its embeddings are moved against the model.
     Costs K forward and backward passes. With `steps=2` and `init_magnitude=0` half of the loss is the plain one and
     half that of one adversarial step (Miyato et al. 2017, arXiv:1605.07725).
 
     Args:
         steps: K ≥ 1, passes.
-        step_size: > 0, in units of the embeddings: the norm that δ grows by in each step.
-        init_magnitude: ≥ 0, in units of the embeddings: the bound of the norm of δ₀. With `steps=1` and 0 the run is
-            the plain one bit for bit.
+        step_size: ≥ 0, in units of the embeddings: the norm that δ grows by in each step. At 0 nothing ascends: one
+            pass on δ₀ alone, as with `steps=1`, since all K would be equal.
+        init_magnitude: ≥ 0, in units of the embeddings: the bound of the norm of δ₀. At 0, with `steps=1` or
+            `step_size=0`, the run is the plain one bit for bit.
         max_norm: bound of the norm of an example's δ, > 0; None for no bound.
     Raises:
         ValueError: a setting is out of its range.
@@ -52,24 +54,25 @@ class FreeLB(Plugin):
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps={self.steps}: give a number of passes ≥ 1.")
-        if not 0 < self.step_size < math.inf:
-            raise ValueError(f"step_size={self.step_size}: give a size > 0.")
+        if not 0 <= self.step_size < math.inf:
+            raise ValueError(f"step_size={self.step_size}: give a size ≥ 0.")
         if not 0 <= self.init_magnitude < math.inf:
             raise ValueError(f"init_magnitude={self.init_magnitude}: give a size ≥ 0.")
         if self.max_norm is not None and not 0 < self.max_norm < math.inf:
             raise ValueError(f"max_norm={self.max_norm}: give a norm > 0, or None for no bound.")
 
     def passes(self, run: Run, batch: Mapping[str, Any]) -> Generator[Pass, Tensor | None, None] | None:
-        if self.steps == 1 and self.init_magnitude == 0:
+        steps = self.steps if self.step_size > 0 else 1
+        if steps == 1 and self.init_magnitude == 0:
             return None
-        return self._ascent(run, batch)
+        return self._ascent(run, batch, steps)
 
-    def _ascent(self, run: Run, batch: Mapping[str, Any]) -> Generator[Pass, Tensor | None, None]:
+    def _ascent(self, run: Run, batch: Mapping[str, Any], steps: int) -> Generator[Pass, Tensor | None, None]:
         rows = number_of_rows(batch)
-        place = _Place(partial(self._draw, run, batch, rows), ascends=self.steps > 1)
+        place = _Place(partial(self._draw, run, batch, rows), ascends=steps > 1)
         states = random_states(run.model)
-        for left in reversed(range(self.steps)):
-            gradient = yield Pass(perturb={"embeddings": place}, weight=1 / self.steps, final=left == 0)
+        for left in reversed(range(steps)):
+            gradient = yield Pass(perturb={"embeddings": place}, weight=1 / steps, final=left == 0)
             if gradient is None:
                 raise ValueError("the loss has no gradient at the input embeddings, so no noise raises it.")
             delta = ascend(place.delta, gradient, rows=rows, step_size=self.step_size, max_norm=self.max_norm)

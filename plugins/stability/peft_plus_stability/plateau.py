@@ -19,7 +19,7 @@ class Plateau(Plugin):
 
     Args:
         metric: what an evaluation tells, with or without `eval_`.
-        greater_is_better: None: unless "loss" is in the name.
+        greater_is_better: None: unless its name is that of a loss or an error.
         factor: in (0, 1).
         patience: evaluations without improvement that are let pass, ≥ 0.
         threshold: relative improvement that counts, ≥ 0.

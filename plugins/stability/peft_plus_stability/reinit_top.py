@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,6 +12,8 @@ from torch import nn
 
 from peft_plus import Plugin, Run
 from peft_plus.layers import find_heads, layer_map
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -24,10 +27,11 @@ class ReinitTop(Plugin):
 
     Args:
         blocks: how many of the top blocks, in [0, L].
-        pooler: whether the pooler, or whatever of the base lies above the last block, is drawn anew, too.
+        pooler: whether the pooler, or whatever of the base lies above the last block, is drawn anew, too. With
+            `blocks=0` and False the run is the plain one bit for bit; so it is, with a warning, with `blocks=0` and
+            True where the model has no such thing.
     Raises:
-        ValueError: `blocks` is negative or more than the model has; nothing is left to draw; the model is none of
-            transformers'.
+        ValueError: `blocks` is negative or more than the model has; the model is none of transformers'.
     """
 
     name: ClassVar[str] = "reinit_top"
@@ -40,14 +44,15 @@ class ReinitTop(Plugin):
     def __post_init__(self) -> None:
         if self.blocks < 0:
             raise ValueError(f"blocks={self.blocks}: give a number of blocks ≥ 0.")
-        if self.blocks == 0 and not self.pooler:
-            raise ValueError("blocks=0, pooler=False: nothing would be drawn anew. Drop the plugin.")
 
     def on_build(self, run: Run) -> None:
         if self.blocks > run.num_blocks:
             raise ValueError(f"blocks={self.blocks}: the model has {run.num_blocks} blocks.")
-        if self.blocks == 0 and not any(True for _ in self._places(run.model)):
-            raise ValueError("blocks=0: this model has nothing between its last block and its head. Give blocks ≥ 1.")
+        if self.blocks == 0 and self.pooler and not run.rehearsal and not any(True for _ in self._places(run.model)):
+            logger.warning(
+                "reinit_top: blocks=0, and this model has nothing between its last block and its head, so nothing is "
+                "drawn anew. Give blocks ≥ 1."
+            )
 
     @torch.no_grad()
     def prepare_base(self, model: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from peft_plus.layers import transformers_model
 
 from .divergences import mean_jensen_shannon
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(kw_only=True)
 class TokenCutoff(Plugin):
@@ -29,14 +32,16 @@ class TokenCutoff(Plugin):
 
     Padding never goes, nor do special tokens where they are known: from the tokenizer that the task's `preprocess` was
     given, and from the model's config. The words' embeddings are cut; what a model adds to them, such as positions,
-    stays. A text of fewer than 1 / share tokens loses none.
+    stays. A text of fewer than 1 / share tokens loses none. The second pass is made for it all the same, for a batch of
+    such texts too: one process's batch may have longer ones, and processes that share the weights must make equally
+    many passes. The first batch in which nothing goes is told of by a warning.
 
     Costs one more forward and backward pass.
 
     Args:
         weight: α ≥ 0, of the second view's task loss, in units of the loss.
         consistency: β ≥ 0, likewise. With both at 0 the run is the plain one bit for bit.
-        share: of the tokens, in (0, 1).
+        share: of the tokens, in [0, 1). At 0 too the run is the plain one bit for bit.
     Raises:
         ValueError: a setting is out of its range.
     """
@@ -52,11 +57,12 @@ class TokenCutoff(Plugin):
         for name, symbol in (("weight", "α"), ("consistency", "β")):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: give {symbol} ≥ 0.")
-        if not 0 < self.share < 1:
-            raise ValueError(f"share={self.share}: give a share of the tokens in (0, 1).")
+        if not 0 <= self.share < 1:
+            raise ValueError(f"share={self.share}: give a share of the tokens in [0, 1).")
+        self._warned = False
 
     def loss_terms(self, run: Run, batch: Mapping[str, Any], output: Any) -> Mapping[str, LossTerm]:
-        if self.weight == 0 and self.consistency == 0:
+        if self.share == 0 or (self.weight == 0 and self.consistency == 0):
             return {}
         view = run.forward(batch, perturb={"embeddings": partial(self._cut, run, batch)}, labels=True)
         terms: dict[str, LossTerm] = {}
@@ -80,7 +86,26 @@ class TokenCutoff(Plugin):
                 for i, allowed in enumerate(real)
             ]
         )
+        if not self._warned and not gone.any():
+            self._warned = True
+            logger.warning("token_cutoff: at step %d %s", run.step, too_short(int(real.sum(1).max()), share=self.share))
         return -embeddings * gone.to(embeddings.device)[..., None]
+
+
+def too_short(longest: int, *, share: float) -> str:
+    """What to say of a batch in which no token went.
+
+    Args:
+        longest: tokens that may go in the longest of its texts, < 1 / share.
+        share: of the tokens, in (0, 1).
+    """
+    # As much as makes one token of the longest text, rounded up; all of a text may not go.
+    fix = f"Give share ≥ {math.ceil(100 / longest) / 100}" if longest > 1 else "Leave it out for such texts"
+    return (
+        f"a batch lost no token: share={share} takes none of a text with fewer than {math.ceil(1 / share - 1e-9)} "
+        f"tokens that may go, and its longest has {longest}. Its second pass costs as much and shows the model nothing "
+        f"new but another draw of dropout. {fix}."
+    )
 
 
 def _stream(run: Run, row: int, text: int) -> torch.Generator:

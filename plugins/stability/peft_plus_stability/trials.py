@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,9 @@ SETTINGS = "search.json"
 STORAGE = "trials.db"
 STUDY = "search"
 
+AGAIN = "again"
+"""Attribute of a trial of Optuna's that stands for one that failed: that one's number."""
+
 State = Literal["complete", "pruned", "failed", "running"]
 
 
@@ -25,7 +28,7 @@ class TrialResult:
     """One trial.
 
     Attributes:
-        number: from 0.
+        number: from 0; a trial that failed and is made again keeps it.
         params: what the factory was given.
         state: `running` where the call that made it was interrupted; the next one goes on with it.
         value: mean of the metric over its runs; of a pruned trial the last that it told; None where it failed.
@@ -147,7 +150,7 @@ class Trials:
     def of(cls, study: Any, *, metric: str, greater_is_better: bool, folder: Path) -> Trials:
         """The trials of a study of Optuna's."""
         return cls(
-            trials=tuple(_result(trial) for trial in study.trials),
+            trials=tuple(_result(number, trial) for number, trial in by_number(study.trials).items()),
             metric=metric,
             greater_is_better=greater_is_better,
             folder=folder,
@@ -159,12 +162,20 @@ def storage(folder: Path) -> str:
     return f"sqlite:///{(folder / STORAGE).resolve().as_posix()}"
 
 
-def _result(trial: Any) -> TrialResult:
+def by_number(trials: Iterable[Any]) -> dict[int, Any]:
+    """Trials of Optuna's by our numbers: to it, one that is made again is another one, with a number of its own."""
+    found: dict[int, Any] = {}
+    for trial in trials:
+        found[trial.user_attrs.get(AGAIN, len(found))] = trial
+    return found
+
+
+def _result(number: int, trial: Any) -> TrialResult:
     """A trial of Optuna's."""
     told = trial.user_attrs
     states: Mapping[str, State] = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
     return TrialResult(
-        number=trial.number,
+        number=number,
         params=told.get("params", trial.params),
         state=states.get(trial.state.name, "running"),
         value=trial.value,

@@ -157,15 +157,30 @@ def test_any_tuner_gets_a_gradient_on_the_noise(tuner: str, tmp_path: Path) -> N
     assert run.state.log_history[-1]["train_loss"] > 0
 
 
-def test_one_pass_without_first_noise_is_the_plain_run_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [{"steps": 1}, {"steps": 3, "step_size": 0.0}], ids=["one pass", "no step"])
+def test_without_noise_it_is_the_plain_run_bit_for_bit(settings: dict[str, Any], tmp_path: Path) -> None:
     ends = []
-    for method in ("lora", ["lora", FreeLB(steps=1, init_magnitude=0.0)]):
+    for method in ("lora", ["lora", FreeLB(**settings, init_magnitude=0.0)]):
         torch.manual_seed(0)
         model, data = model_and_batch("bert", "SEQ_CLS")
         run = trainer_of(get_model(model, method), rows_of(data), tmp_path, max_steps=3)
         run.train()
         ends.append(dict(run.model.named_parameters()))
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_a_step_size_of_zero_leaves_the_first_noise_in_one_pass(tmp_path: Path) -> None:
+    model, data = model_and_batch("bert", "SEQ_CLS")
+    twin, draws, grab = copy.deepcopy(model), Draws(model), Grab()
+    plugin = FreeLB(steps=3, step_size=0.0, init_magnitude=2.0)
+    run = trainer_of(
+        get_model(model, ["full", plugin]), rows_of(data), tmp_path, [grab], max_steps=1, max_grad_norm=0.0
+    )
+    run.train()
+    shuffled = {key: value[sampler_order(4)] for key, value in data.items()}
+    by_hand(twin, "bert", "SEQ_CLS", shuffled, first_noise(shuffled, 32, 2.0), steps=1, step_size=0.0)
+    assert distance(grab.gradients, gradients(twin)) < 2e-5
+    assert len(draws.states) == 1
 
 
 def test_a_session_gives_the_trainers_gradient(tmp_path: Path) -> None:
@@ -206,7 +221,7 @@ def test_padding_gets_no_noise() -> None:
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("steps", 0), ("step_size", 0.0), ("init_magnitude", -1.0), ("max_norm", 0.0)],
+    [("steps", 0), ("step_size", -0.1), ("init_magnitude", -1.0), ("max_norm", 0.0)],
 )
 def test_a_setting_out_of_range_is_refused(setting: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{setting}="):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peft_plus import MethodError, PluginError, Run, get_model
+from peft_plus import MethodError, PluginError, Run, Stage, get_model
 from peft_plus_stability.r3f import R3F
 from tests.consistency import (
     TASKS,
@@ -242,6 +242,38 @@ def test_the_value_inside_a_peft_model(name, task, tuner):
         wanted = kl_both_ways(clean, noised)[labels != -100].mean()
     assert wanted.item() > 1e-4
     assert (term.sum / term.count).item() == pytest.approx(wanted.item(), rel=1e-4)
+
+
+def test_packed_texts_count_as_each_alone(tmp_path):
+    """One row of two texts, told apart by their positions; what has no label adds nothing. By hand text by text."""
+    model = lively("llama", "CAUSAL_LM")
+    twin, grab = copy.deepcopy(model), Grab()
+    lengths = (5, 7)
+    ids = torch.randint(5, 100, (1, 12), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[0, [0, 1, 5, 6, 7]] = -100  # each text's first token, and a prompt in both
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    data = {"input_ids": ids, "position_ids": positions, "labels": labels}
+    model = get_model(model, ["full", R3F(weight=0.7, eps=1.0)], task="CAUSAL_LM")
+    settings = {"max_steps": 1, "per_device_train_batch_size": 1, "max_grad_norm": 0.0}
+    trainer = trainer_of(model, rows_of(data), tmp_path, [grab], **settings, logging_strategy="steps", logging_steps=1)
+    trainer.train()
+
+    stream = Run(model=nn.Linear(1, 1), task=None, num_blocks=0, seed=42, stage=Stage()).generator("r3f", 0, 0)
+    noise = torch.empty(1, 12, 32).uniform_(-1, 1, generator=stream)
+    own, apart = torch.zeros(()), torch.zeros(())
+    for start, length in zip((0, 5), lengths, strict=True):
+        text = slice(start, start + length)
+        inner = {"input_ids": ids[:, text], "attention_mask": torch.ones(1, length, dtype=torch.long)}
+        clean, noised = (x.logits[:, :-1] for x in two_passes(twin, "llama", inner, noise[:, text]))
+        known = labels[:, text][:, 1:] != -100
+        own = own + F.cross_entropy(clean[known], labels[:, text][:, 1:][known], reduction="sum")
+        apart = apart + kl_both_ways(clean, noised)[known].sum()
+    count = int((labels != -100).sum())
+    ((own + 0.7 * apart) / count).backward()
+    assert count == 7
+    assert trainer.state.log_history[0]["r3f"] == pytest.approx(0.7 * apart.item() / count, rel=1e-4)
+    assert distance(grab.gradients, gradients(twin)) < 1e-4
 
 
 # ---- low precision and refusals ----------------------------------------------------------------------------------

@@ -135,6 +135,25 @@ def test_the_redrawn_top_trains(tmp_path: Path) -> None:
     assert all(not torch.equal(t, before[n]) for n, t in model.named_parameters() if n.startswith("bert.encoder"))
 
 
+@pytest.mark.parametrize(("name", "pooler"), [("bert", False), ("roberta", True)])
+def test_with_nothing_to_draw_it_is_the_plain_run_bit_for_bit(
+    name: str, pooler: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """RoBERTa has no pooler, which is told of, since one was asked for."""
+    ends = []
+    for method in ("full", {"full": {}, "reinit_top": {"blocks": 0, "pooler": pooler}}):
+        set_seed(7)
+        model = get_model(tiny(name, hidden_dropout_prob=0.1), method)
+        trainer(model, tmp_path, rows_of(batch(name, rows=8)), max_steps=2).train()
+        ends.append((weights(model), torch.get_rng_state()))
+    (plain, state), (drawn, after) = ends
+    assert all(torch.equal(plain[key], drawn[key]) for key in plain)
+    assert torch.equal(state, after)
+    told = [r.getMessage() for r in caplog.records if r.name.endswith("reinit_top")]
+    assert len(told) == pooler
+    assert all("blocks=0, and this model has nothing between its last block and its head" in text for text in told)
+
+
 # ---- refusals ------------------------------------------------------------------------------------------------------
 
 
@@ -157,11 +176,6 @@ def test_by_name_it_is_refused_before_the_weights_load(tmp_path: Path, monkeypat
         get_model(tmp_path, {"full": {}, "reinit_top": {"blocks": 4}}, task="SEQ_CLS", num_labels=3)
 
 
-def test_a_model_without_a_pooler_needs_blocks() -> None:
-    with pytest.raises(MethodError, match="blocks=0: this model has nothing between its last block and its head"):
-        get_model(tiny("roberta"), {"full": {}, "reinit_top": {"blocks": 0}})
-
-
 @pytest.mark.parametrize("tuner", ["lora", "linear_probe"])
 def test_an_adapter_that_would_be_saved_without_the_new_blocks_is_refused(tuner: str, tmp_path: Path) -> None:
     with pytest.raises(MethodError, match=rf"'reinit_top'.*needs base weights that train.*{tuner!r} keeps the base"):
@@ -173,7 +187,7 @@ def test_blocks_that_share_their_weights_are_refused() -> None:
         get_model(tiny("albert"), ["full", "reinit_top"])
 
 
-@pytest.mark.parametrize("settings", [{"blocks": -1}, {"blocks": 1.5}, {"blocks": 0, "pooler": False}])
+@pytest.mark.parametrize("settings", [{"blocks": -1}, {"blocks": 1.5}])
 def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(MethodError, match=r"reinit_top.*blocks"):
         get_model(tiny("bert"), {"full": {}, "reinit_top": settings})

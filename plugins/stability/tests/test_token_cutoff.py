@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from peft_plus import MethodError, PluginError, Run, get_model
 from peft_plus_stability.divergences import JENSEN_SHANNON
-from peft_plus_stability.token_cutoff import TokenCutoff, chosen
+from peft_plus_stability.token_cutoff import TokenCutoff, chosen, too_short
 from tests.consistency import (
     TASKS,
     Grab,
@@ -244,16 +245,59 @@ def test_the_whole_gradient_whatever_the_accumulation(name: str, task: str, tmp_
         assert distance(got, gradients(twin)) < 1e-4
 
 
+@pytest.mark.parametrize("settings", [{"weight": 0.0, "consistency": 0.0}, {"share": 0.0}])
 @pytest.mark.parametrize("tuner", ["lora", "full"])
-def test_both_weights_zero_are_the_plain_run_bit_for_bit(tuner: str, tmp_path: Path) -> None:
+def test_both_weights_or_the_share_at_zero_are_the_plain_run_bit_for_bit(
+    tuner: str, settings: dict[str, float], tmp_path: Path
+) -> None:
     rows = rows_of(batch("bert", rows=16))
     trained = []
-    for method in ({tuner: {}}, {tuner: {}, "token_cutoff": {"weight": 0.0, "consistency": 0.0}}):
+    for method in ({tuner: {}}, {tuner: {}, "token_cutoff": settings}):
         torch.manual_seed(0)
         model = get_model(tiny("bert", hidden_dropout_prob=0.1), method)
         trainer_of(model, rows, tmp_path, max_steps=4, gradient_accumulation_steps=2).train()
         trained.append({n: p.detach().clone() for n, p in model.named_parameters()})
     assert all(torch.equal(trained[0][n], trained[1][n]) for n in trained[0])
+
+
+def test_texts_too_short_for_the_share_are_told_of_once_and_with_the_share_they_need(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A tenth of six words is none. The loss keeps the scale that it has where words go: twice the plain one."""
+    data = batch("bert", rows=8, length=6)
+    data["attention_mask"][:] = 1
+    data["input_ids"] = data["input_ids"].clamp(min=10)
+    found, needed = {}, 0.17
+    for name, share in (("short", 0.1), ("needed", needed), ("a little less", needed - 0.01)):
+        caplog.clear()
+        model = get_model(lively("bert"), ["full", TokenCutoff(share=share)])
+        views, grab = Views(model), Grab()
+        with caplog.at_level(logging.WARNING, logger="peft_plus_stability"):
+            trainer_of(model, rows_of(data), tmp_path, [grab], max_steps=2, max_grad_norm=0.0).train()
+        found[name] = [record.getMessage() for record in caplog.records]
+        assert any(bool(gone.any()) for gone in views.gone()) == (share == needed)
+        if name == "short":
+            twin, order = lively("bert"), sampler_order(8)[:4]
+            (2 * twin(**{key: value[order] for key, value in data.items()}).loss).backward()
+            assert distance(grab.gradients, gradients(twin)) < 1e-4
+    assert not found["needed"]
+    assert len(found["short"]) == len(found["a little less"]) == 1
+    assert "share=0.1 takes none of a text with fewer than 10 tokens that may go" in found["short"][0]
+    assert "its longest has 6. Its second pass costs as much and shows" in found["short"][0]
+    assert found["short"][0].endswith(f"Give share ≥ {needed}.")
+
+
+@pytest.mark.parametrize("longest", [*range(2, 40), 99, 101, 1000])
+def test_the_share_that_the_warning_asks_for_takes_a_token(longest: int) -> None:
+    text = too_short(longest, share=0.5 / longest)
+    share = float(text.split("Give share ≥ ")[1][:-1])
+    allowed = torch.ones(longest, dtype=torch.bool)
+    assert chosen(allowed, share=share, generator=torch.Generator().manual_seed(0)).any()
+    assert f"fewer than {2 * longest} tokens" in text
+
+
+def test_where_no_text_can_lose_a_token_it_says_so() -> None:
+    assert too_short(1, share=0.9).endswith("Leave it out for such texts.")
 
 
 def test_a_resumed_run_cuts_the_same_words(tmp_path: Path) -> None:
@@ -329,7 +373,7 @@ def test_a_model_without_embeddings_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"weight": -1.0}, {"consistency": float("nan")}, {"share": 0.0}, {"share": 1.0}, {"share": "half"}]
+    "settings", [{"weight": -1.0}, {"consistency": float("nan")}, {"share": -0.1}, {"share": 1.0}, {"share": "half"}]
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(MethodError, match=f"token_cutoff.*{next(iter(settings))}"):
