@@ -133,8 +133,8 @@ def search(
     if failed and not found.ranked:
         raise TrainingError(
             f"No trial came to its end, and {len(failed)} of {len(found.trials)} failed, the first by "
-            f"{failed[0].error}. The tracebacks are in {folder}/trial-<number>/error.txt. Mend the cause and call "
-            "again: they are made again, but for those that diverged."
+            f"{failed[0].error.rstrip('.')}. The tracebacks are in {folder}/trial-<number>/error.txt. Mend the cause "
+            "and call again: they are made again, but for those that diverged."
         )
     return found
 
