@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .compose import Plan as Plan
     from .errors import CheckpointError as CheckpointError
     from .errors import DataError as DataError
+    from .errors import DivergenceError as DivergenceError
     from .errors import EngagementError as EngagementError
     from .errors import MethodError as MethodError
     from .errors import PluginError as PluginError
@@ -58,6 +59,7 @@ _HOMES = {
     "Plan": "compose",
     "CheckpointError": "errors",
     "DataError": "errors",
+    "DivergenceError": "errors",
     "EngagementError": "errors",
     "MethodError": "errors",
     "PluginError": "errors",

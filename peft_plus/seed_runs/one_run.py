@@ -76,7 +76,7 @@ def run_once(
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except DivergenceError as error:
-        diverged = str(error)
+        diverged = str(error).partition(" The weights after ")[0]  # they are dropped when the result is kept
     finally:
         for model in (fresh, transformers_model(trainer.model)):
             setattr(model, _TRAINED_BY, seeds.number)

@@ -43,6 +43,7 @@ def test_a_run_that_diverges_is_a_failed_run_with_a_result(tmp_path: Path) -> No
     runs = seeds(diverging, 3, metric="accuracy", out=tmp_path)
     assert [bool(result.diverged) for result in runs.results] == [False, True, False]
     assert "The loss of step 2 is nan" in runs.results[1].diverged
+    assert "stopped" not in runs.results[1].diverged, "what it names is gone"
     assert runs.results[1].steps == 2
     report = runs.report(majority=0.0)
     assert (report.n, report.no_number) == (3, (1,))
