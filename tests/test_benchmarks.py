@@ -13,6 +13,8 @@ import torch
 
 from benchmarks import batching, overhead, stability, stability_cost
 from benchmarks.turns import Turn, difference, take_turns
+from peft_plus import SeedRuns
+from peft_plus.seed_runs import RunResult
 
 
 @pytest.fixture(autouse=True)
@@ -126,3 +128,23 @@ def test_a_title_of_the_seeds_benchmark_is_a_method() -> None:
     assert stability.plugins_of("lora") == {}
     assert stability.plugins_of("r3f") == {"r3f": {"eps": 0.05}}
     assert stability.plugins_of('swa+{"ema": {"decay": 0.5}}') == {"swa": {}, "ema": {"decay": 0.5}}
+
+
+def test_a_race_that_is_played_over_recorded_runs_costs_half_of_them() -> None:
+    """Runs whose start tells the end: the best is found; judged late, fewer are started."""
+    results = tuple(
+        RunResult(
+            number=k,
+            seeds={},
+            metrics={"eval_accuracy": 0.5 + k / 100},
+            evaluations=tuple((step, {"eval_accuracy": 0.4 + k / 100}) for step in (3, 6, 10)),
+            steps=10,
+            max_steps=10,
+        )
+        for k in range(20)
+    )
+    runs = SeedRuns(results=results, metric="eval_accuracy", greater_is_better=True)
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in stability.raced(runs).splitlines()[2:]]
+    assert [row[:4] for row in table] == [["30%", "1.00", "20", "5"], ["60%", "1.00", "16", "1"]]
+    assert all(float(row[4]) <= 10 for row in table)
+    assert table[0][7] == "64%"  # 1 − .95²⁰: the best of all is among 20 draws, which is the median best of so many
