@@ -35,20 +35,21 @@ def in_processes(
     others needed. When the iterator is closed, all end at once.
 
     Args:
-        workers: processes, ≥ 1; they share this process's cores.
+        workers: processes, ≥ 1; they share this process's cores, and each sees one of its GPUs, taken in turn.
         fraction: of each run that is made.
     Returns: (number, result or failure) of each run, as they come.
     Raises:
         MethodError: a process cannot begin.
     """
     order = pickle.dumps((call, fraction))
-    threads = max(1, cores() // workers)
+    threads, gpus = max(1, cores() // workers), devices()
     waiting, deaths = deque(numbers), dict.fromkeys(numbers, 0)
     crew: list[_Worker] = []
     try:
         while waiting or crew:
             while waiting and len(crew) < workers:
-                crew.append(_Worker(order, threads))
+                slot = min(set(range(workers)) - {worker.slot for worker in crew})
+                crew.append(_Worker(order, threads, slot, gpus[slot % len(gpus)] if gpus else None))
                 crew[-1].give(waiting.popleft())
             for pipe in wait([worker.pipe for worker in crew]):
                 worker = next(worker for worker in crew if worker.pipe is pipe)
@@ -79,17 +80,34 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class _Worker:
-    """A process that makes runs, seen from outside."""
+def devices() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
 
-    def __init__(self, order: bytes, threads: int) -> None:
+    if not torch.cuda.is_available():
+        return []
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
+
+
+class _Worker:
+    """A process that makes runs, seen from outside.
+
+    Args:
+        order: what it makes, pickled.
+        threads: how many it may use.
+        slot: its place among those that work at a time.
+        gpu: the one that it sees; None where there is none.
+    """
+
+    def __init__(self, order: bytes, threads: int, slot: int, gpu: str | None) -> None:
         context = get_context("spawn")
         self.pipe, far = context.Pipe()
         # No daemon: those may have no processes of their own, such as those that load data.
-        self._process: BaseProcess = context.Process(target=_serve, args=(far, threads))
+        self._process: BaseProcess = context.Process(target=_serve, args=(far, threads, gpu))
         self._process.start()
         far.close()
-        self.number, self.ready, self.is_alive = -1, False, True
+        self.slot, self.number, self.ready, self.is_alive = slot, -1, False, True
         self._send(order)
 
     def give(self, number: int) -> None:
@@ -134,8 +152,10 @@ class _Worker:
             return  # it has died, which the next answer tells
 
 
-def _serve(pipe: Connection, threads: int) -> None:
+def _serve(pipe: Connection, threads: int, gpu: str | None) -> None:
     """The process: told what to run, then the numbers of runs, until the pipe is closed."""
+    if gpu is not None:  # before anything looks for them: a Trainer that sees several would split each batch
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         call, fraction = pickle.loads(pipe.recv_bytes())

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from peft_plus.seed_runs import several
+from peft_plus.seed_runs import processes, several
 from peft_plus.seed_runs.call import Failure
 from peft_plus.seed_runs.processes import cores, in_processes
 from peft_plus.seed_runs.results import RunResult
@@ -59,6 +59,16 @@ def test_processes_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     found = dict(in_processes(living(tmp_path), [0, 1], cores()))
     assert {result.metrics["threads"] for result in found.values() if isinstance(result, RunResult)} == {1}
+
+
+def test_each_process_sees_a_gpu_of_its_own_and_its_successor_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Trainer that sees several would split each batch over them."""
+    monkeypatch.setattr(processes, "devices", lambda: ["3", "5"])
+    found = dict(in_processes(living(tmp_path, killed=1, seconds=1.0), [0, 1, 2, 3], 2))
+    seen = [result.metrics["gpu"] for result in found.values() if isinstance(result, RunResult)]
+    assert set(seen) == {3, 5}
 
 
 def test_closing_ends_all_runs_at_once(tmp_path: Path) -> None:

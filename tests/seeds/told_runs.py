@@ -88,6 +88,7 @@ class Living(Call):
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(self.seconds)
         told = {"pid": os.getpid(), "threads": torch.get_num_threads(), "fraction": fraction or 1.0}
+        told["gpu"] = int(os.environ.get("CUDA_VISIBLE_DEVICES") or -1)
         return RunResult(number=number, seeds={}, metrics=told, peak_bytes=1)
 
     def attempts(self, number: int) -> int:

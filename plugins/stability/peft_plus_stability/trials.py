@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from peft_plus import MethodError
 from peft_plus.seed_runs.optional import imported, quiet
-from peft_plus.seed_runs.results import write_whole
+from peft_plus.seed_runs.results import as_json, write_whole
 
 SETTINGS = "search.json"
 STORAGE = "trials.db"
@@ -126,7 +126,7 @@ class Trials:
         if target is None:
             raise ValueError("trials.save(folder): these trials were read from nowhere, so say where to.")
         target.mkdir(parents=True, exist_ok=True)
-        write_whole(target / "report.json", json.dumps(self.as_dict(), indent=2) + "\n")
+        write_whole(target / "report.json", as_json(self.as_dict(), indent=2))
         write_whole(target / "report.md", self.markdown() + "\n")
         return target
 
