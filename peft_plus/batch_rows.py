@@ -25,7 +25,8 @@ def number_of_rows(batch: Any) -> int:
 def repeated(batch: Mapping[str, Any], copies: int) -> Mapping[str, Any]:
     """The batch so many times, one whole batch after another.
 
-    Shapes (rows, …) → (copies · rows, …); a tensor of shape (1, …) holds for every row and stays.
+    Shapes (rows, …) → (copies · rows, …); a tensor of shape (1, …) holds for every row and stays. The bounds of packed
+    texts, `cu_seq_lens_q` and `cu_seq_lens_k`, go on over the copies.
 
     Raises:
         DataError: a tensor has another length, so that nobody can say which row its parts belong to.
@@ -43,6 +44,8 @@ def repeated(batch: Mapping[str, Any], copies: int) -> Mapping[str, Any]:
             return torch.cat([value] * copies)
         if len(value) == 1:
             return value
+        if name.startswith("cu_seq_lens"):  # where texts laid end to end begin: the copies follow one another
+            return torch.cat([value, *(value[1:] + copy * value[-1] for copy in range(1, copies))])
         raise DataError(
             f"{name} has shape {tuple(value.shape)} in a batch of {rows} rows, so its rows cannot be repeated, as the "
             "technique must. Collate it with one entry for each row, or choose a technique without copies of the batch."

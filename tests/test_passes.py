@@ -232,3 +232,5 @@ def test_what_is_laid_end_to_end_is_not_repeated_in_silence() -> None:
         repeated(batch, 2)
     longer = repeated({name: value for name, value in batch.items() if name != "pixel_values"}, 2)
     assert [len(value) for value in longer.values()] == [8, 1]
+    packed = {"input_ids": torch.zeros(1, 7), "cu_seq_lens_q": torch.tensor([0, 3, 7])}
+    assert repeated(packed, 3)["cu_seq_lens_q"].tolist() == [0, 3, 7, 10, 14, 17, 21]
