@@ -12,6 +12,9 @@ import numpy as np
 from .results import SeedRuns, value_of
 from .statistics import Estimate, bootstrap, mean, paired_permutation, std
 
+_NO_SPREAD = 1e-12
+"""Below it a standard deviation is that of rounding."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
@@ -70,8 +73,16 @@ def compare(runs: SeedRuns, other: SeedRuns) -> Comparison:
         mean=bootstrap(mean, differences),
         p=paired_permutation(differences),
         std=bootstrap(lambda x, y: std(x) - std(y), a, b),
-        std_ratio=bootstrap(lambda x, y: std(x) / np.maximum(std(y), 1e-12), a, b),
+        std_ratio=bootstrap(_ratio, a, b),
     )
+
+
+def _ratio(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Of the standard deviations; infinite where the second is 0 alone, 1 where both are."""
+    first, second = std(x), std(y)
+    some = second > _NO_SPREAD
+    alone = np.where(first > _NO_SPREAD, math.inf, 1.0)
+    return np.where(some, first / np.where(some, second, 1.0), alone)
 
 
 def compare_table(runs: Mapping[str, SeedRuns], *, baseline: str, majority: float | None = None) -> str:

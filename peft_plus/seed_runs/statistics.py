@@ -56,7 +56,8 @@ def bootstrap(statistic: Callable[..., np.ndarray], *values: Sequence[float]) ->
         return Estimate(value, math.nan, math.nan)
     drawn = np.random.default_rng(0).integers(0, n, (RESAMPLES, n))
     tail = 100 * _NORMAL.cdf(-math.sqrt(n / (n - 1)) * t_quantile(n - 1))
-    low, high = np.percentile(statistic(*(array[drawn] for array in arrays)), [tail, 100 - tail])
+    redrawn = statistic(*(array[drawn] for array in arrays))
+    low, high = np.percentile(redrawn, [tail, 100 - tail], method="inverted_cdf")  # some may be infinite
     return Estimate(value, float(low), float(high))
 
 

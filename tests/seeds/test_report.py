@@ -160,6 +160,12 @@ def test_the_difference_of_spreads_is_redrawn_pair_by_pair() -> None:
     assert [ratio.value, ratio.low, ratio.high] == pytest.approx([3.0, 3.0, 3.0])
 
 
+def test_a_spread_over_none_is_infinite_and_no_spread_at_all_the_same() -> None:
+    some, none = runs(0.5, 0.6, 0.9, 0.7), runs(0.5, 0.5, 0.5, 0.5)
+    assert some.compare(none).std_ratio.value == math.inf
+    assert none.compare(none).std_ratio.value == 1.0
+
+
 def test_the_table_holds_a_row_for_each_training_and_none_compared_with_itself() -> None:
     table = compare_table({"lora": runs(0.8, 0.6, cpu_seconds=2.0), "r3f": runs(0.9, 0.8, cpu_seconds=4.0)},
                           baseline="lora").splitlines()  # fmt: skip
