@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ from .results import SeedRuns
 
 def plot(runs: Mapping[str, SeedRuns], path: str | os.PathLike[str]) -> Path:
     """A point for each finished run beside a box of the quartiles; the majority class as a line where it is known.
+
+    Runs without a number, e.g. those that diverged, are counted below the title.
 
     Args:
         runs: title → runs, of one metric.
@@ -28,8 +31,11 @@ def plot(runs: Mapping[str, SeedRuns], path: str | os.PathLike[str]) -> Path:
     figure = Figure(figsize=(1.5 + 1.1 * len(runs), 4), layout="constrained")
     axes = figure.subplots()
     scatter = np.random.default_rng(0)
-    for place, own in enumerate(runs.values()):
-        values = list(own.values.values())
+    titles: list[str] = []
+    for place, (title, own) in enumerate(runs.items()):
+        values = [value for value in own.values.values() if math.isfinite(value)]
+        missing = len(own.values) - len(values)
+        titles.append(f"{title}\n{missing} without a number" if missing else title)
         axes.boxplot([values], positions=[place], widths=0.5, showfliers=False, medianprops={"color": "black"})
         axes.plot(place + scatter.uniform(-0.12, 0.12, len(values)), values, "o", alpha=0.6, markersize=4)
     majority = next((r.majority for own in runs.values() for r in own.finished if r.majority is not None), None)
@@ -37,7 +43,7 @@ def plot(runs: Mapping[str, SeedRuns], path: str | os.PathLike[str]) -> Path:
     if majority is not None and first.metric.removeprefix("eval_") == "accuracy":
         axes.axhline(majority, linestyle=":", color="grey", label="largest class")
         axes.legend(loc="lower right", fontsize="small")
-    axes.set_xticks(range(len(runs)), list(runs), rotation=30, ha="right")
+    axes.set_xticks(range(len(runs)), titles, rotation=30, ha="right")
     axes.set_ylabel(first.metric.removeprefix("eval_"))
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -178,8 +178,10 @@ def test_the_table_holds_a_row_for_each_training_and_none_compared_with_itself()
 
 
 def test_one_drawing_holds_several_trainings(tmp_path: Path) -> None:
-    target = runs(0.8, 0.9, 0.7).plot(tmp_path / "folder" / "spread.svg", r3f=runs(0.6, 0.7))
-    assert "<svg" in target.read_text()
+    target = runs(0.8, 0.9, 0.7).plot(tmp_path / "folder" / "spread.svg", r3f=runs(0.6, 0.7, math.nan))
+    drawing = target.read_text()
+    assert "<svg" in drawing
+    assert "1 without a number" in drawing
 
 
 @pytest.mark.parametrize(
