@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import TrainerCallback, default_data_collator
 
 import peft_plus
-from peft_plus import EngagementError, LossTerm, Plugin, PluginError, Session, TrainingError
+from peft_plus import DivergenceError, EngagementError, LossTerm, Plugin, PluginError, Session, TrainingError
 from peft_plus.divergence import SKIPPED_IN_A_ROW, finite, gradient_norm
 
 from .bad_inputs import Watched, after, built, free, holds, refused, rows, same, stopped, trainer, weights
@@ -51,7 +51,7 @@ def test_a_bad_input_stops_the_run_and_is_named(value: float, tmp_path: Path) ->
     run = trainer(model, tmp_path, pictures(13, value))
     refused(
         run.train,
-        TrainingError,
+        DivergenceError,
         "The loss of step 3 is nan",
         "The task's loss is nan in the batch, rows 1 to 4 of the step",
         re.escape("(dataset[i], i = 12, 13, 14, 15)"),
@@ -69,7 +69,7 @@ def test_a_bad_input_stops_the_run_and_is_named(value: float, tmp_path: Path) ->
 def test_at_step_0_nothing_is_saved_because_nothing_changed(tmp_path: Path) -> None:
     model = built({"lora": {"target_modules": ["q_proj"]}}, "vit")
     before = weights(model)
-    refused(trainer(model, tmp_path, pictures(0)).train, TrainingError, "The loss of step 0 is nan", "i = 0, 1, 2, 3")
+    refused(trainer(model, tmp_path, pictures(0)).train, DivergenceError, "The loss of step 0 is nan", "i = 0, 1, 2, 3")
     assert same(model, before)
     assert not (tmp_path / "stopped").exists()
 
@@ -79,7 +79,7 @@ def test_the_micro_batch_of_a_step_is_named(tmp_path: Path) -> None:
     run = trainer(model, tmp_path, pictures(13), gradient_accumulation_steps=2, per_device_train_batch_size=2)
     refused(
         run.train,
-        TrainingError,
+        DivergenceError,
         "The loss of step 3 is nan",
         "micro-batch 1 of 2, rows 1 to 2 of the step .dataset.i., i = 12, 13",
         "after 3 finished steps",
@@ -93,7 +93,7 @@ def test_a_plugins_term_is_named(method: str, value: float, tmp_path: Path) -> N
     expected = after(2, built([method, Term(value)]), tmp_path)
     refused(
         trainer(model, tmp_path).train,
-        TrainingError,
+        DivergenceError,
         f"The loss of step 2 is {value}",
         f"The loss term 'extra' of plugin 'term' .{re.escape(Term.__module__)}. is {value}",
         "Weaken plugin 'term'",
@@ -124,7 +124,7 @@ def test_a_gradient_without_a_bad_loss(value: float, max_grad_norm: float, tmp_p
     run = trainer(model, tmp_path, callbacks=[Gradient(model, value)], max_grad_norm=max_grad_norm)
     refused(
         run.train,
-        TrainingError,
+        DivergenceError,
         f"The gradient of step 2 has the norm {value}. Its loss is finite",
         "learning rate 0.0666",
         "Lower the learning rate",
@@ -185,7 +185,7 @@ def test_an_overflow_that_the_scaler_skips_is_no_error(tmp_path: Path) -> None:
 def test_a_run_whose_every_update_is_skipped_stops(tmp_path: Path) -> None:
     model = built()
     run = _with_scaler(trainer(model, tmp_path, max_steps=60, max_grad_norm=0.0), range(2, 60))
-    message = refused(run.train, TrainingError, f"last {SKIPPED_IN_A_ROW} updates", "all skipped", "bf16 or fp32")
+    message = refused(run.train, DivergenceError, f"last {SKIPPED_IN_A_ROW} updates", "all skipped", "bf16 or fp32")
     assert run.state.global_step == 2 + SKIPPED_IN_A_ROW - 1
     assert "stopped" in message
     assert same(model, after(2, built(), tmp_path, max_steps=60, max_grad_norm=0.0))
@@ -213,7 +213,7 @@ def test_frozen_weights_that_are_nan_are_the_cause_of_the_nan_loss(tmp_path: Pat
         tensor.view(-1)[3] = NAN
     refused(
         trainer(model, tmp_path).train,
-        TrainingError,
+        DivergenceError,
         "The loss of step 0 is nan",
         f"1 tensors of the model hold NaN or infinite values already, e.g. '{re.escape(name)}'",
         "no update was made yet. Load or build the model anew.$",
@@ -237,7 +237,7 @@ def test_weights_that_an_update_ruined_are_found_at_the_next(tmp_path: Path) -> 
     model = built()
     run = trainer(model, tmp_path, callbacks=[Ruin(3)], save_strategy="steps", save_steps=2)
     refused(
-        run.train, TrainingError, "The loss of step 3 is nan", "hold NaN or infinite values already", "a checkpoint"
+        run.train, DivergenceError, "The loss of step 3 is nan", "hold NaN or infinite values already", "a checkpoint"
     )
     assert not (tmp_path / "stopped").exists()
     assert all(bool(torch.isfinite(t).all()) for t in _adapter(tmp_path / "checkpoint-2"))
@@ -392,7 +392,7 @@ def test_a_session_stops_too(accumulation: int, clip: bool) -> None:
     loop(good[1], pictures(), clip=clip)
     refused(
         lambda: loop(bad[1], pictures(13), clip=clip),
-        TrainingError,
+        DivergenceError,
         f"The loss of step {done} is nan",
         "i = 12, 13, 14, 15",
         "'pixel_values' holds NaN or infinite values at position 1",
@@ -405,7 +405,7 @@ def test_a_session_stops_too(accumulation: int, clip: bool) -> None:
 def test_a_sessions_term_is_named() -> None:
     refused(
         lambda: loop(Session(built(["lora", Term()]), Accelerator(cpu=True), max_steps=6), rows()),
-        TrainingError,
+        DivergenceError,
         "The loss of step 2 is nan",
         "The loss term 'extra' of plugin 'term'",
     )
@@ -449,3 +449,4 @@ def test_the_norm_is_torchs_own() -> None:
 def test_it_is_public() -> None:
     assert peft_plus.TrainingError is TrainingError
     assert issubclass(TrainingError, RuntimeError)
+    assert issubclass(DivergenceError, TrainingError)

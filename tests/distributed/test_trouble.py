@@ -57,7 +57,7 @@ def test_both_ranks_end(name: str, message: str, ends: Ends) -> None:
 def test_a_loss_that_is_no_number_on_one_rank_stops_all_before_the_update(ends: Ends) -> None:
     for code, said in ends["a_term_is_not_a_number"]:
         assert code == 1
-        assert "TrainingError: The loss of step 1 is nan." in said
+        assert "DivergenceError: The loss of step 1 is nan." in said
 
 
 def test_a_rank_that_cannot_count_says_why(ends: Ends) -> None:
