@@ -28,6 +28,13 @@ RESTS = (3, 4, 6)
 pytestmark = pytest.mark.usefixtures("one_accelerator_at_a_time")
 
 
+@pytest.fixture(autouse=True)
+def _no_settings_of_an_earlier_optimizer() -> None:
+    """What transformers tells bitsandbytes of one model's embeddings holds, by position, for every later optimizer."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    bitsandbytes.optim.GlobalOptimManager.get_instance().initialize()
+
+
 @dataclass(kw_only=True)
 class Blinks(Plugin):
     """Block 2 rests in some steps, and so does its optimizer's state."""
