@@ -164,13 +164,16 @@ def report(runs: Mapping[str, Any], baseline: str, drawing: Path | None = None) 
     """The tables of both splits."""
     from dataclasses import replace
 
+    import numpy as np
+
     from peft_plus.seed_runs import compare_table
     from peft_plus.seed_runs.plot import plot
+    from peft_plus.seed_runs.statistics import largest_share
 
     parts: list[str] = []
     for metric, name in (("eval_accuracy", "dev"), ("test_accuracy", "test")):
         own = {title: replace(one, metric=metric) for title, one in runs.items()}
-        majority = largest_class(data()[name]["labels"])
+        majority = largest_share(np.asarray(data()[name]["labels"]))
         parts.append(f"{name} set, {metric}:\n\n{compare_table(own, baseline=baseline, majority=majority)}")
         if drawing is not None and name == "test":
             plot(own, drawing)
@@ -208,13 +211,6 @@ def raced(runs: Any) -> str:
             f"| {found:.4f} | {median:.4f} | {share:.0%} |"
         )
     return "\n".join(rows)
-
-
-def largest_class(labels: Any) -> float:
-    """Its share."""
-    import numpy as np
-
-    return float(np.unique(np.asarray(labels), return_counts=True)[1].max() / len(labels))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Everything here happens before a base model loads, so every error is cheap.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -336,27 +336,21 @@ def _check_conflicts(plugins: Sequence[Plugin], origins: Mapping[str, str]) -> N
                 )
 
 
-_ONE_OF: Mapping[str, tuple[Callable[[Plugin], bool], str]] = {
-    "sampler": (lambda plugin: "sampler" in plugin.hooks(), "both set the order of the data, of which there is one"),
-    "passes": (lambda plugin: "passes" in plugin.hooks(), "both make the passes of a micro-batch"),
-    "eval_weights": (
-        lambda plugin: "eval_weights" in plugin.hooks(),
-        "both say which weights are evaluated and saved",
-    ),
-    "schedule": (
-        lambda plugin: plugin.schedule,
-        "are both learning-rate schedules, of which a stage has one",
-    ),
+_ONE_OF = {
+    "sampler": "both set the order of the data, of which there is one",
+    "passes": "both make the passes of a micro-batch",
+    "eval_weights": "both say which weights are evaluated and saved",
+    "schedule": "are both learning-rate schedules, of which a stage has one",
 }
-"""What a stage has one of: title → whether a plugin is one, and what two of them would do."""
+"""What a stage has one of, a hook or a `schedule` → what two plugins would do."""
 
 
 def _check_rivals(plugins: Sequence[Plugin], origins: Mapping[str, str], stages: Sequence[Stage]) -> None:
     """Raise MethodError where two plugins of one stage cannot both be right."""
     for stage in stages:
         there = [p for p in plugins if stage.plugins is None or p.name in stage.plugins]
-        for is_one, what in _ONE_OF.values():
-            named = [p for p in there if is_one(p)]
+        for kind, what in _ONE_OF.items():
+            named = [p for p in there if (p.schedule if kind == "schedule" else kind in p.hooks())]
             if len(named) > 1:
                 raise MethodError(f"{who(named[0], origins)} and {who(named[1], origins)} {what}. Drop one of them.")
         back = next((p for p in there if p.restores_best), None)

@@ -30,7 +30,15 @@ class TrainingError(RuntimeError):
 
 
 class DivergenceError(TrainingError):
-    """The loss or its gradients were no finite number, or gradients overflowed at every scale."""
+    """The loss or its gradients were no finite number, or gradients overflowed at every scale.
+
+    Attributes:
+        reason: the message as it was raised, to which a Trainer adds where it saved the weights.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.reason = message
 
 
 class CheckpointError(RuntimeError):

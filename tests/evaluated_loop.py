@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import TrainerCallback, default_data_collator
 
 import peft_plus
+from peft_plus import Session
 
 from .bare_loop import BareLoop
 from .multipliers import rows_of
@@ -25,6 +27,29 @@ def weights(model: nn.Module) -> Weights:
 def changed(before: Weights, after: Weights) -> set[str]:
     """The names whose bits differ."""
     return {n for n, t in before.items() if not torch.equal(t.view(torch.uint8), after[n].view(torch.uint8))}
+
+
+def evaluated_session(
+    model: Any, data: Any, values: Mapping[int, float], *, steps: int
+) -> tuple[Session, dict[int, Weights]]:
+    """A Session over batches of four that is told of evaluations.
+
+    Args:
+        values: step → the `eval_loss` that it is told after it.
+    Returns: the session, and the weights after each step.
+    """
+    session = Session(model, Accelerator(cpu=True), max_steps=steps)
+    optimizer = session.optimizer(torch.optim.AdamW, lr=1e-2)
+    loader = session.loader(data, batch_size=4, collate_fn=default_data_collator)
+    seen: dict[int, Weights] = {}
+    for batch in session.batches(loader):
+        session.accelerator.backward(session.loss(batch))
+        optimizer.step()
+        optimizer.zero_grad()
+        seen[session.step] = weights(model)
+        if session.step in values:
+            session.evaluated({"eval_loss": values[session.step]})
+    return session, seen
 
 
 class EvaluatedLoop(BareLoop):

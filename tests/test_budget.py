@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-import torch
-from accelerate import Accelerator
-from transformers import default_data_collator
 
-from peft_plus import MethodError, Plugin, PluginError, Run, Session
+from peft_plus import MethodError, Plugin, PluginError, Run
 
 from .bad_inputs import built, rows, trainer
+from .evaluated_loop import evaluated_session
 
 
 @dataclass(kw_only=True)
@@ -94,10 +92,5 @@ def test_a_wrong_answer_is_told(answer: Any, error: type[Exception], says: str, 
 
 def test_a_session_whose_budget_is_the_loops_does_not_ask() -> None:
     model = built(["full", Budget(answer={"num_train_epochs": 2.0})])
-    session = Session(model, Accelerator(cpu=True), max_steps=1)
-    optimizer = session.optimizer(torch.optim.SGD, lr=0.1)
-    for batch in session.batches(session.loader(rows(), 4, collate_fn=default_data_collator)):
-        session.accelerator.backward(session.loss(batch))
-        optimizer.step()
-        optimizer.zero_grad()
+    evaluated_session(model, rows(), {}, steps=1)
     assert chosen(model).asked == []

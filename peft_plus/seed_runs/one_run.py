@@ -24,6 +24,7 @@ from ..layers import transformers_model
 from ..safeguards import STOPPED
 from .axis import AXES, Seeds
 from .results import RunResult, evaluations_in, numbers_in
+from .statistics import largest_share
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ def run_once(
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except DivergenceError as error:
-        diverged = str(error).partition(" The weights after ")[0]  # they are dropped when the result is kept
+        diverged = error.reason
     finally:
         for model in (fresh, transformers_model(trainer.model)):
             setattr(model, _TRAINED_BY, seeds.number)
@@ -225,4 +226,4 @@ def _majority(dataset: Any) -> float | None:
         return None
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or not len(labels):
         return None
-    return float(np.unique(labels, return_counts=True)[1].max() / len(labels))
+    return largest_share(labels)

@@ -127,15 +127,13 @@ def report(runs: SeedRuns, *, majority: float | None = None) -> Report:
         greater_is_better=runs.greater_is_better,
         n=len(values),
         no_number=tuple(number for number, value in values.items() if not math.isfinite(value)),
-        mean=bootstrap(mean, numbers) if numbers else _NOTHING,
-        std=spread(numbers) if numbers else _NOTHING,
+        mean=bootstrap(mean, numbers),
+        std=spread(numbers),
         least=min(numbers, default=math.nan),
         median=float(np.median(numbers)) if numbers else math.nan,
         most=max(numbers, default=math.nan),
         expected_best={k: expected_best(drawn, k, greater_is_better=runs.greater_is_better) for k in ks},
-        failed=None
-        if majority is None or stopped
-        else _failed(list(values.values()), majority, runs.greater_is_better),
+        failed=None if stopped else _failed(list(values.values()), majority, runs.greater_is_better),
         majority=majority,
         stopped=stopped,
         broken=runs.broken,
@@ -143,9 +141,6 @@ def report(runs: SeedRuns, *, majority: float | None = None) -> Report:
         cpu_seconds=float(np.mean([r.cpu_seconds for r in runs.finished if not r.resumed] or [math.nan])),
         values=values,
     )
-
-
-_NOTHING = Estimate(math.nan, math.nan, math.nan)
 
 
 def _failed(values: Sequence[float], majority: float | None, greater_is_better: bool) -> float | None:

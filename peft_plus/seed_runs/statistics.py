@@ -48,10 +48,12 @@ def bootstrap(statistic: Callable[..., np.ndarray], *values: Sequence[float]) ->
 
     Args:
         statistic: of one argument for each of `values`, which it gets as (resamples, n).
-        values: of n runs each, n ≥ 1; several are redrawn together, run by run. The interval of one run is NaN.
+        values: of n runs each; several are redrawn together, run by run. The interval of one run is NaN, and so is all
+            of none.
     """
     arrays = [np.asarray(column, dtype=float) for column in values]
-    n, value = len(arrays[0]), float(statistic(*(array[None] for array in arrays))[0])
+    n = len(arrays[0])
+    value = float(statistic(*(array[None] for array in arrays))[0]) if n else math.nan
     if n < 2:
         return Estimate(value, math.nan, math.nan)
     drawn = np.random.default_rng(0).integers(0, n, (RESAMPLES, n))
@@ -90,7 +92,7 @@ def spread(values: Sequence[float]) -> Estimate:
     runs fail, this one in 94, 74, 90 %.
 
     Args:
-        values: of n ≥ 1 runs; the interval of fewer than four is NaN.
+        values: of n runs; the interval of fewer than four is NaN, and so is all of fewer than two.
     """
     x = np.asarray(values, dtype=float)
     n = len(x)
@@ -104,6 +106,15 @@ def spread(values: Sequence[float]) -> Estimate:
     width = _Z * c * math.sqrt(max(0.0, kurtosis - (n - 3) / n) / (n - 1))
     centre = math.log(c * s * s)
     return Estimate(s, math.exp((centre - width) / 2), math.exp((centre + width) / 2))
+
+
+def largest_share(labels: np.ndarray) -> float:
+    """The share of the largest class, in (0, 1]: what predicting it alone would be right in.
+
+    Args:
+        labels: (n,), n ≥ 1.
+    """
+    return float(np.unique(labels, return_counts=True)[1].max() / len(labels))
 
 
 def paired_permutation(differences: Sequence[float]) -> float:

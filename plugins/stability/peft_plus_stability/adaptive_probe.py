@@ -14,6 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 
 from peft_plus import Run
+from peft_plus.seed_runs.statistics import largest_share
 
 WANTED_STEPS = 600
 """Optimizer steps that a run should have, at least, as far as `MOST_EPOCHS` allow."""
@@ -101,9 +102,7 @@ def _features(run: Run, batch: Mapping[str, Any], rows: list[int]) -> torch.Tens
 
 def share_of(labels: np.ndarray) -> float | None:
     """The share of the largest class, in (0, 1]; None without labels."""
-    if not len(labels):
-        return None
-    return float(np.unique(labels, return_counts=True)[1].max() / len(labels))
+    return largest_share(labels) if len(labels) else None
 
 
 def counted(rows: int, share: float | None) -> int:

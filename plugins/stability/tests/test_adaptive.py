@@ -19,7 +19,7 @@ from peft_plus_stability import adaptive_probe
 from peft_plus_stability.adaptive import Adaptive
 from peft_plus_stability.adaptive_probe import epochs_for, look_at, probe_gain
 from tests.consistency import model_and_batch
-from tests.evaluated_loop import EvaluatedLoop, changed, check_evaluated_resume, weights
+from tests.evaluated_loop import EvaluatedLoop, changed, check_evaluated_resume, evaluated_session, weights
 from tests.models import rows_of, tiny
 from tests.training import quiet
 
@@ -453,18 +453,8 @@ def test_a_resumed_loop_ends_bit_identical(settings: Any) -> None:
 def session_run(plugin: Adaptive, values: Any, steps: int = 8) -> tuple[Session, Any, dict[int, Any]]:
     torch.manual_seed(0)
     model = get_model(tiny("bert"), ["lora", plugin])
-    session = Session(model, Accelerator(cpu=True), max_steps=steps)
-    optimizer = session.optimizer(torch.optim.AdamW, lr=1e-2)
     _, data = model_and_batch("bert", "SEQ_CLS", rows=16)
-    loader = session.loader(rows_of(data), batch_size=4, collate_fn=default_data_collator)
-    seen = {}
-    for batch in session.batches(loader):
-        session.accelerator.backward(session.loss(batch))
-        optimizer.step()
-        optimizer.zero_grad()
-        seen[session.step] = weights(model)
-        if session.step in values:
-            session.evaluated({"eval_loss": values[session.step]})
+    session, seen = evaluated_session(model, rows_of(data), values, steps=steps)
     return session, model, seen
 
 

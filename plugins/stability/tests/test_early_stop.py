@@ -11,12 +11,18 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
-from transformers import EarlyStoppingCallback, default_data_collator
+from transformers import EarlyStoppingCallback
 
 from peft_plus import MethodError, Plugin, PluginError, Run, Session, get_model
 from peft_plus_stability.early_stop import EarlyStop
-from tests.evaluated_loop import EvaluatedLoop, changed, check_evaluated_resume, scripted_trainer, weights
+from tests.evaluated_loop import (
+    EvaluatedLoop,
+    changed,
+    check_evaluated_resume,
+    evaluated_session,
+    scripted_trainer,
+    weights,
+)
 from tests.models import tiny
 from tests.multipliers import rows_of
 from tests.training import StopAt
@@ -226,17 +232,7 @@ def test_loading_the_best_checkpoint_beside_it_does_no_harm(tmp_path: Path) -> N
 
 def session_run(values: Mapping[int, float], plugin: EarlyStop, steps: int = 8) -> tuple[Session, Any, dict[int, Any]]:
     model = built("lora", plugin)
-    session = Session(model, Accelerator(cpu=True), max_steps=steps)
-    optimizer = session.optimizer(torch.optim.AdamW, lr=1e-2)
-    loader = session.loader(rows_of(16), batch_size=4, collate_fn=default_data_collator)
-    seen = {}
-    for batch in session.batches(loader):
-        session.accelerator.backward(session.loss(batch))
-        optimizer.step()
-        optimizer.zero_grad()
-        seen[session.step] = weights(model)
-        if session.step in values:
-            session.evaluated({"eval_loss": values[session.step]})
+    session, seen = evaluated_session(model, rows_of(16), values, steps=steps)
     return session, model, seen
 
 
