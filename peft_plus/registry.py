@@ -76,8 +76,11 @@ def entries(kind: Kind) -> dict[str, Entry]:
         PluginError: two distributions claim one name.
     """
     found: dict[str, Entry] = {}
+    origins: dict[Any, tuple[str, str]] = {}  # each reading of a name parses the metadata of the whole distribution
     for point in entry_points(group=GROUPS[kind]):
-        entry = _entry(kind, point)
+        if point.dist not in origins:
+            origins[point.dist] = _origin(point)
+        entry = Entry(point.name, kind, *origins[point.dist], point.value, _summary(point.value))
         other = found.setdefault(entry.name, entry)
         if (other.distribution, other.target) != (entry.distribution, entry.target):
             raise PluginError(
@@ -235,11 +238,9 @@ def peft_tuners() -> tuple[str, ...]:
     raise PluginError("The installed peft has no PeftType enum where every release so far had one; update peft-plus.")
 
 
-def _entry(kind: Kind, point: EntryPoint) -> Entry:
-    distribution = point.dist
-    name = distribution.name if distribution else "unknown"
-    release = distribution.version if distribution else "?"
-    return Entry(point.name, kind, name, release, point.value, _summary(point.value))
+def _origin(point: EntryPoint) -> tuple[str, str]:
+    """Name and version of the distribution that declares an entry point."""
+    return (point.dist.name, point.dist.version) if point.dist else ("unknown", "?")
 
 
 @cache

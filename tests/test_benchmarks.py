@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import re
 import time
 from collections.abc import Iterator
@@ -19,15 +18,12 @@ from peft_plus.seed_runs import RunResult
 
 @pytest.fixture(autouse=True)
 def _as_it_was() -> Iterator[None]:
-    """The benchmarks are programs of their own, and set what they need. Accelerate collects garbage around each run."""
+    """The benchmarks are programs of their own, and set what they need."""
     import datasets
     from transformers.utils import logging
 
     bars = logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
-    gc.collect()
-    gc.freeze()
     yield
-    gc.unfreeze()
     torch.set_num_threads(1)
     if bars[0]:
         logging.enable_progress_bar()

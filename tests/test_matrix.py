@@ -6,7 +6,6 @@ them all and writes `docs/matrix.md`.
 
 from __future__ import annotations
 
-import gc
 import math
 import subprocess
 import sys
@@ -251,15 +250,6 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         wide = {"hidden_size": 64, "num_hidden_layers": 2} | ({"head_dim": 32} if name == "llama" else {})
         tiny(name, "FEATURE_EXTRACTION" if task == "SEQ_CLS" else task, **wide).save_pretrained(folders[task])
     return folders
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collections() -> Iterator[None]:
-    """Accelerate collects garbage around each run; what the imports left would make that the longest part of it."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def build(cell: Cell, folder: Path) -> nn.Module:

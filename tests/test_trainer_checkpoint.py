@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc
 import json
 import logging
 import os
@@ -40,14 +39,6 @@ FILES = [
     *("optimizer.safetensors", "peft_plus.json", "plan_state.json", "rng_state.json", "rng_state.safetensors"),
     *("scheduler.json", "scheduler.pt", "trainer_state.json", "training_args.json"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collection() -> Iterator[None]:
-    """Each run begins with a full collection of garbage; what the test session holds already is left out of it."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def data(rows: int = 8, seed: int = 0) -> list[dict[str, Tensor]]:
