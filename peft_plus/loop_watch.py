@@ -20,10 +20,11 @@ class LoopWatch:
     Attributes:
         size: micro-batches of the step at work; 0 between steps.
         updated: whether the optimizer has made this step.
+        skipped: whether a gradient scaler is known to have left its update out.
     """
 
     def __init__(self) -> None:
-        self.size, self.updated = 0, False
+        self.size, self.updated, self.skipped = 0, False, False
         self._place = 0  # of the micro-batch in hand
         self._step = 0
         self._cleared = True  # since the last update
@@ -48,7 +49,18 @@ class LoopWatch:
 
     def begin(self, step: int, size: int) -> None:
         """`step` steps are finished; the next one has `size` micro-batches."""
-        self._step, self.size, self.updated, self._place = step, size, False, 0
+        self._step, self.size, self._place = step, size, 0
+        self.updated = self.skipped = False
+
+    @property
+    def over(self) -> bool:
+        """Whether the step has made its update, or lost it."""
+        return self.updated or self.skipped
+
+    @property
+    def at_last(self) -> bool:
+        """Whether the body has the step's last micro-batch in hand."""
+        return 0 < self.size == self._place + 1
 
     def turn(self, place: int) -> None:
         """The body of the loop gets the micro-batch number `place` of the step."""
@@ -97,12 +109,8 @@ class LoopWatch:
         held = min((t for t in tensors if t.grad is not None), key=lambda t: t.numel(), default=None)
         self._held = None if held is None or held.grad is None else (held, held.grad)
 
-    def end(self, *, skipped: bool) -> None:
-        """The body has seen the step's last micro-batch.
-
-        Args:
-            skipped: whether a gradient scaler left the update out.
-        """
-        if not self.updated and not skipped:
+    def end(self) -> None:
+        """The body has seen the step's last micro-batch."""
+        if not self.over:
             raise MethodError(f"Nobody called optimizer.step() in step {self._step + 1}.")
         self.size = 0

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 from transformers.trainer_utils import denumpify_detensorize
 
-from .errors import MethodError
+from .errors import MethodError, TrainingError
 
 
 def named_metrics(
@@ -29,7 +29,7 @@ def named_metrics(
         try:
             metrics = compute(*args, **kwargs)
         except Exception as error:
-            raise MethodError(
+            raise TrainingError(  # of these predictions; those of another run may do
                 f"compute_metrics ({_called(compute)}) failed: {type(error).__name__}: {error}. Mend it; "
                 "trainer.evaluate() tries it without training."
             ) from error

@@ -302,6 +302,8 @@ class Session:
         accumulation = self.accelerator.gradient_accumulation_steps
         self._window = window
         self._watch.begin(self.step, len(window))
+        if hasattr(self.optimizers[0], "_is_overflow"):
+            self.optimizers[0]._is_overflow = False  # what Accelerate says of the step before
         self._loss.begin(window, micro_batches=accumulation)
         self.engine.step_begin(self.step)
         for place, batch in enumerate(window):
@@ -313,11 +315,8 @@ class Session:
             yield batch
             self.engine.after_backward()
             self._loss.advance()
-        skipped = not self._watch.updated and self.optimizers[0].step_was_skipped
-        self._watch.end(skipped=skipped)
-        if skipped:
-            self.engine.after_update(skipped=True)
-            self._count_step()  # the gradient scaler skipped an overflow; the step is over all the same
+        self._finish_skipped()
+        self._watch.end()
         self._window = []
         if self._after_save is not None:
             session_checkpoint.check_undisturbed(self._after_save)
@@ -429,6 +428,13 @@ class Session:
         self._watch.after_update(self.engine.effects.tensors.values())
         self._count_step()
 
+    def _finish_skipped(self) -> None:
+        """A gradient scaler that finds an overflow leaves the update out; the step is over all the same."""
+        if self._watch.at_last and not self._watch.over and self.optimizers[0].step_was_skipped:
+            self._watch.skipped = True
+            self.engine.after_update(skipped=True)
+            self._count_step()
+
     def _count_step(self) -> None:
         self.step += 1
         self.epoch_steps += 1
@@ -478,7 +484,8 @@ class Session:
         return found
 
     def _check_whole_step(self, call: str) -> None:
-        if self._window and not self._watch.updated:
+        self._finish_skipped()
+        if self._window and not self._watch.over:
             raise MethodError(
                 f"session.{call}(…) in the middle of a step: it belongs where a step is whole, `if "
                 f"accelerator.sync_gradients: session.{call}(…)`."

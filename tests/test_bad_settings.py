@@ -18,7 +18,7 @@ from torch.utils.data import IterableDataset
 from transformers import AutoModelForSequenceClassification, EarlyStoppingCallback, TrainerCallback
 
 import peft_plus
-from peft_plus import DataError, EngagementError, MethodError, PluginError, Session, attach, get_model
+from peft_plus import DataError, EngagementError, MethodError, PluginError, Session, TrainingError, attach, get_model
 
 from .bad_inputs import Watched, after, built, free, holds, refused, rows, same, stopped, trainer, weights
 from .models import config, tiny
@@ -230,7 +230,7 @@ def test_what_only_the_first_evaluation_can_tell_loses_nothing(case: str, tmp_pa
     expected = after(2, built("ia3"), tmp_path)
     model = built("ia3")
     run = trainer(model, tmp_path, **{"eval_dataset": rows(count=4), "per_device_eval_batch_size": 16, **given})
-    error = DataError if "row" in case else MethodError
+    error = {"a bad row to evaluate on": DataError, "a metric that raises": TrainingError}.get(case, MethodError)
     refused(run.train, error, *says, "after 2 finished steps")
     assert same(model, expected)
     assert holds(stopped(tmp_path), expected)
@@ -257,7 +257,7 @@ def test_a_callback_of_the_users_that_raises_keeps_its_error(saves: bool, tmp_pa
 def test_what_a_checkpoint_holds_is_not_saved_twice(tmp_path: Path) -> None:
     given = {"compute_metrics": broken_metrics, "eval_strategy": "steps", "eval_steps": 4}
     run = trainer(built(), tmp_path, eval_dataset=rows(count=4), save_strategy="steps", save_steps=2, **given)
-    refused(run.train, MethodError, "compute_metrics", "after 4 finished steps")
+    refused(run.train, TrainingError, "compute_metrics", "after 4 finished steps")
     assert (tmp_path / "stopped").is_dir()  # the checkpoint of step 4 would have come after the evaluation
 
 
