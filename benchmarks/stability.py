@@ -130,11 +130,12 @@ def measure(title: str, options: argparse.Namespace) -> Any:
     import peft_plus
 
     make = partial(factory, plugins=plugins_of(title), epochs=options.epochs, rate=options.rate)
+    folder = options.out / f"{options.epochs:g}-epochs-at-{options.rate:g}" / f"seeds-{options.base}"
     return peft_plus.seeds(
         make,
         options.seeds,
         metric="eval_accuracy",
-        out=options.out / f"seeds-{options.base}" / title.replace("/", "-"),
+        out=folder / title.replace("/", "-"),
         base=options.base,
         evaluate=both_splits,
         workers=options.workers,
@@ -188,24 +189,23 @@ def raced(runs: Any) -> str:
     import numpy as np
 
     from peft_plus.seed_runs.racing import Racing, simulate_racing
-    from peft_plus.seed_runs.results import values_on_the_way
 
-    done = runs.finished
-    final = list(runs.values.values())
+    done, final = runs.finished, np.asarray(list(runs.values.values()))
+    max_steps = done[0].max_steps
+    judged = [{step: metrics.get(runs.metric, np.nan) for step, metrics in one.evaluations} for one in done]
     rows = [
         "| judged at | r with the end | started | finished | cost in runs | mean found "
         f"| median best of {len(done)} | found no worse |",
         "|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for number, (step, _) in enumerate(done[0].evaluations):
-        if step >= done[0].max_steps:
-            break
-        early = [values_on_the_way(one.evaluations, runs.metric, one.max_steps)[number] for one in done]
-        fraction, half = step / done[0].max_steps, len(done) / 2
+    for step in sorted({step for one in judged for step in one if step < max_steps}):
+        early = np.asarray([one.get(step, np.nan) for one in judged])  # of one that had diverged by then: none
+        fraction, half = step / max_steps, len(done) / 2
         started = min(len(done), int((half - (1 - fraction)) / fraction))
         racing = Racing(fraction=fraction, keep=max(1, int((half - started * fraction) / (1 - fraction))))
         found, median, share = simulate_racing(early, final, racing=racing, n=started, whole=len(done))
-        together = np.corrcoef(early, final)[0, 1]
+        ended = np.isfinite(early) & np.isfinite(final)
+        together = np.corrcoef(early[ended], final[ended])[0, 1]
         rows.append(
             f"| {fraction:.0%} | {together:.2f} | {started} | {racing.keep} | {racing.cost(started):.1f} "
             f"| {found:.4f} | {median:.4f} | {share:.0%} |"

@@ -18,6 +18,7 @@
 | `report.py` | how one training's results spread |
 | `compare.py` | how two trainings differ, and a table of several |
 | `plot.py` | the spread, drawn |
+| `errors.py` | what a call is told instead of all its runs |
 | `optional.py` | packages that only some calls need |
 """
 

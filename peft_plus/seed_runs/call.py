@@ -65,7 +65,7 @@ class Call:
         """Keep a final result at once, and drop what the run needed to be taken up again.
 
         Raises:
-            MethodError: the metric that counts is not in it. It is kept nevertheless.
+            CallError: the metric that counts is not in it. It is kept nevertheless.
         """
         keep_result(self.out, result)
         done[result.number] = result

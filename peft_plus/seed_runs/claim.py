@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..errors import MethodError
+from .errors import CallError
 from .results import write_whole
 
 
@@ -20,13 +20,13 @@ def claim(file: Path, body: Mapping[str, Any], told: Mapping[str, Any]) -> None:
         body: what tells one call from another, as JSON knows it.
         told: what else is noted; it may change.
     Raises:
-        MethodError: they are another's; names the first thing that differs.
+        CallError: they are another's; names the first thing that differs.
     """
     if file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
         name = next((name for name in body if name in before and before[name] != body[name]), None)
         if name is not None:
-            raise MethodError(
+            raise CallError(
                 f"{file.parent} holds runs with {name}={before[name]!r}, this call has {body[name]!r}. Give another "
                 "out, or delete that folder."
             )

@@ -8,6 +8,7 @@ from typing import Literal
 
 from ..errors import MethodError
 from .call import Call, Failure
+from .errors import CallError
 from .optional import imported, quiet
 from .racing import Racing, SuccessiveHalving, best, tell
 from .results import RunResult, keep_result, read_results, value_of
@@ -62,7 +63,7 @@ def halve(call: Call, halving: SuccessiveHalving, n: int, done: dict[int, RunRes
     """One run after another, each stopped where the pruner says so.
 
     Raises:
-        MethodError: optuna is not installed; the metric is not evaluated before a run's last step.
+        CallError: optuna is not installed; the metric is not evaluated before a run's last step.
     """
     from .callbacks import Prunes
 
@@ -83,7 +84,7 @@ def halve(call: Call, halving: SuccessiveHalving, n: int, done: dict[int, RunRes
                 continue
             call.keep(replace(result, finished=not prunes.pruned), done)
             if not prunes.told and not result.diverged:
-                raise MethodError(
+                raise CallError(
                     f"SuccessiveHalving judges by {call.metric!r} while a run trains, and no evaluation before its "
                     "last step tells it: set eval_strategy and eval_steps, or name a metric that they tell."
                 )

@@ -11,7 +11,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import MethodError
+from .errors import CallError
 
 FILE = ".lock"
 
@@ -32,14 +32,14 @@ def only_one(folder: Path) -> Generator[None]:
     Args:
         folder: made where it is missing.
     Raises:
-        MethodError: another call works there; names its process.
+        CallError: another call works there; names its process.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = os.open(folder / FILE, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
     _held.add(file)
     try:
         if not _locked(file, folder):
-            raise MethodError(
+            raise CallError(
                 f"Another call works in {folder} already ({_holder(file)}): wait for it, or give another out."
             )
         _write(file, f"process {os.getpid()} on host {socket.gethostname()}")

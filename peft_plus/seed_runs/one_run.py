@@ -18,11 +18,12 @@ import numpy as np
 from torch import nn
 
 from ..checkpoint import REPLACED
-from ..errors import CheckpointError, DivergenceError, MethodError
+from ..errors import CheckpointError, DivergenceError
 from ..find_checkpoint import newest_whole
 from ..layers import transformers_model
 from ..safeguards import STOPPED
 from .axis import AXES, Seeds
+from .errors import CallError
 from .results import RunResult, evaluations_in, numbers_in
 from .statistics import largest_share
 
@@ -58,7 +59,7 @@ def run_once(
         exact: whether a Trainer that does not resume bit by bit is refused.
     Returns: the result, of a run that diverged too: it is the training's, and another attempt would diverge again.
     Raises:
-        MethodError: the factory gave no Trainer, or the model of an earlier run, or the evaluation no metrics.
+        CallError: the factory gave no Trainer, or the model of an earlier run, or the evaluation no metrics.
     """
     from transformers import set_seed
 
@@ -118,24 +119,24 @@ def _check_trainer(trainer: Any, factory: Factory, exact: bool) -> None:
     wanted = ("train", "evaluate", "add_callback", "args", "state", "accelerator")
     if not all(hasattr(trainer, name) for name in wanted):
         name = getattr(factory, "__qualname__", type(factory).__name__)
-        raise MethodError(
+        raise CallError(
             f"The factory {name} returned {type(trainer).__name__}; expected a Trainer: return Trainer(model, args, "
             "train_dataset=…, eval_dataset=…, compute_metrics=…), not yet trained."
         )
     if trainer.state.global_step:
-        raise MethodError(
+        raise CallError(
             f"The factory returned a Trainer that has trained for {trainer.state.global_step} steps; return a new one."
         )
     from ..hf import Bridge
 
     if exact and not isinstance(trainer, Bridge):
         kind = type(trainer)
-        raise MethodError(
+        raise CallError(
             f"Racing stops runs and takes them up again bit by bit, which {kind.__module__}.{kind.__name__} does not "
             f"promise: use peft_plus.Trainer, or peft_plus.with_plugins({kind.__name__})."
         )
     if exact and trainer.args.save_only_model:
-        raise MethodError("Racing takes runs up again from checkpoints: leave out save_only_model=True.")
+        raise CallError("Racing takes runs up again from checkpoints: leave out save_only_model=True.")
 
 
 def _fresh(trainer: Any, factory: Factory, number: int) -> nn.Module:
@@ -144,7 +145,7 @@ def _fresh(trainer: Any, factory: Factory, number: int) -> nn.Module:
     before = getattr(model, _TRAINED_BY, None)
     if before is not None:
         name = getattr(factory, "__qualname__", type(factory).__name__)
-        raise MethodError(
+        raise CallError(
             f"The factory {name} returned, for run {number}, the model that run {before} trained, so that one would go "
             "on from the other: build or load the model inside the factory."
         )
@@ -158,7 +159,7 @@ def _give(trainer: Any, seeds: Seeds, folder: Path) -> None:
     args.seed, args.data_seed = seeds.dropout, seeds.order
     loading.data_seed = seeds.order  # it was told when the Trainer was built
     if not loading.use_seedable_sampler:
-        raise MethodError(
+        raise CallError(
             "accelerator_config={'use_seedable_sampler': False} draws the order of the data from the stream of the "
             "dropout, so that they cannot be told apart: leave it out."
         )
@@ -204,7 +205,7 @@ def _peak_bytes() -> int:
 
 def _metrics(found: Any) -> dict[str, float]:
     if not isinstance(found, Mapping):
-        raise MethodError(f"evaluate returned {found!r}; expected a mapping from names of metrics to numbers.")
+        raise CallError(f"evaluate returned {found!r}; expected a mapping from names of metrics to numbers.")
     return numbers_in(found)
 
 

@@ -8,7 +8,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from ..errors import MethodError
+from .errors import CallError
 
 
 def imported(name: str, purpose: str) -> Any:
@@ -18,10 +18,10 @@ def imported(name: str, purpose: str) -> Any:
         name: as it is imported and installed.
         purpose: what needs it, as a sentence's beginning: `successive halving`.
     Raises:
-        MethodError: it is not installed.
+        CallError: it is not installed.
     """
     if find_spec(name) is None:
-        raise MethodError(f"{purpose[0].upper()}{purpose[1:]} needs {name}, which is not installed: pip install {name}")
+        raise CallError(f"{purpose[0].upper()}{purpose[1:]} needs {name}, which is not installed: pip install {name}")
     return import_module(name)
 
 

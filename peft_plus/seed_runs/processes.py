@@ -14,8 +14,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from ..errors import MethodError
 from .call import Call, Failure
+from .errors import CallError
 from .results import RunResult
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def in_processes(
         fraction: of each run that is made.
     Returns: (number, result or failure) of each run, as they come.
     Raises:
-        MethodError: a process cannot begin.
+        CallError: a process cannot begin.
     """
     order = pickle.dumps((call, fraction))
     threads, gpus = max(1, cores() // workers), devices()
@@ -119,7 +119,7 @@ class _Worker:
         """What it says: that it is ready, a result or a failure.
 
         Raises:
-            MethodError: it ended before it was ready.
+            CallError: it ended before it was ready.
         """
         try:
             return self.pipe.recv()
@@ -128,7 +128,7 @@ class _Worker:
         self._process.join()
         how = f"exit code {self._process.exitcode}"
         if not self.ready:
-            raise MethodError(
+            raise CallError(
                 f"A process for runs ended before it began ({how}). A script that calls peft_plus.seeds with workers "
                 'must be a file and do so below `if __name__ == "__main__":`, since each process imports it again.'
             )

@@ -116,22 +116,25 @@ def simulate_racing(
     """What racing would have found among runs that are recorded to their end.
 
     Args:
-        early, final: the metric of each run where it would have been judged, and at its end.
+        early, final: the metric of each run where it would have been judged, and at its end; NaN, of one that
+            diverged, is worse than any number.
         racing: how many are kept, and when.
         greater_is_better: whether more of the metric is better.
         draws: how often it is played.
         n: runs started each time, drawn with replacement; by default as many as there are.
         whole: runs to their end that it is compared with; by default as many as the same budget pays for, at least one.
-    Returns: the mean, over the draws, of the best run that racing finishes; the median best of that many whole runs;
-        the share of draws in which racing's is no worse.
+    Returns: the mean, over the draws, of the best run that racing finishes, where not all of these diverged; the median
+        best of that many whole runs; the share of draws in which racing's is no worse.
     """
-    a, b = np.asarray(early, dtype=float), np.asarray(final, dtype=float)
     sign = 1 if greater_is_better else -1
+    a, b = (sign * np.asarray(values, dtype=float) for values in (early, final))
+    a[np.isnan(a)] = b[np.isnan(b)] = -np.inf
     started = n or len(a)
     plays = whole or max(1, math.floor(racing.cost(started)))
     rng = np.random.default_rng(0)
     picks = rng.integers(0, len(a), (draws, started))
-    kept = np.take_along_axis(picks, np.argsort(-sign * a[picks], axis=1, kind="stable")[:, : racing.keep], axis=1)
-    found = (sign * b[kept]).max(1)
-    plain = float(np.median((sign * b[rng.integers(0, len(a), (draws, plays))]).max(1)))
-    return float(sign * found.mean()), sign * plain, float(np.mean(found >= plain))
+    kept = np.take_along_axis(picks, np.argsort(-a[picks], axis=1, kind="stable")[:, : racing.keep], axis=1)
+    found = b[kept].max(1)
+    plain = float(np.median(b[rng.integers(0, len(a), (draws, plays))].max(1)))
+    ended = found[np.isfinite(found)]
+    return sign * float(ended.mean()) if len(ended) else math.nan, sign * plain, float(np.mean(found >= plain))

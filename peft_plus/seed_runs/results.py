@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from .. import watched_metric
-from ..errors import MethodError
+from .errors import CallError
 
 if TYPE_CHECKING:
     from .compare import Comparison
@@ -153,10 +153,12 @@ class SeedRuns:
         """
         place = Path(folder)
         if not (place / SETTINGS).is_file():
-            raise MethodError(f"{place} holds no results of peft_plus.seeds: there is no {SETTINGS} in it.")
+            raise CallError(f"{place} holds no results of peft_plus.seeds: there is no {SETTINGS} in it.")
         settings = json.loads((place / SETTINGS).read_text(encoding="utf-8"))
         chosen = metric or settings["metric"]
-        better = settings["greater_is_better"] if metric is None and greater_is_better is None else greater_is_better
+        better = greater_is_better
+        if better is None and chosen.removeprefix("eval_") == settings["metric"].removeprefix("eval_"):
+            better = settings["greater_is_better"]
         return cls(
             results=tuple(read_results(place).values()),
             metric=chosen,
@@ -169,14 +171,14 @@ def value_of(result: RunResult, metric: str) -> float:
     """The metric of a run; `accuracy` finds `eval_accuracy`. NaN where the run diverged.
 
     Raises:
-        MethodError: it was never logged; says what was.
+        CallError: it was never logged; says what was.
     """
     if result.diverged:
         return math.nan
     try:
         return watched_metric.value_of(result.metrics, metric)
     except ValueError as error:
-        raise MethodError(f"Run {result.number}: {error} No finished run is lost or made again.") from None
+        raise CallError(f"Run {result.number}: {error} Finished runs are kept.") from None
 
 
 def evaluations_in(log: Sequence[Mapping[str, Any]]) -> tuple[tuple[int, dict[str, float]], ...]:
@@ -214,7 +216,7 @@ def read_results(out: Path, kind: Kind = "run") -> dict[int, RunResult]:
     """Number → result of every run that gave one.
 
     Raises:
-        MethodError: a file holds something else.
+        CallError: a file holds something else.
     """
     found: dict[int, RunResult] = {}
     for file in out.glob(f"{kind}-*.json"):
@@ -224,7 +226,7 @@ def read_results(out: Path, kind: Kind = "run") -> dict[int, RunResult]:
             body |= {name: _numbers(body[name]) for name in ("metrics", "judged") if name in body}
             found[body["number"]] = RunResult(**body)
         except (ValueError, TypeError, KeyError) as error:
-            raise MethodError(
+            raise CallError(
                 f"{file} is not what this peft_plus writes ({type(error).__name__}: {error}). Remove it, and its run "
                 "is made again."
             ) from error

@@ -9,11 +9,12 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
-from ..errors import MethodError, TrainingError
+from ..errors import TrainingError
 from ..watched_metric import rises
 from .axis import AXES, Axis
 from .call import Call
 from .claim import claim, named
+from .errors import CallError
 from .finish_best import halve, race
 from .lock import only_one
 from .one_run import Evaluate, Factory
@@ -135,9 +136,9 @@ def _check(
     workers: int | Literal["auto"],
 ) -> None:
     if not callable(call.factory):
-        raise MethodError(f"seeds(factory, …): {call.factory!r} is not callable; give a function: Seeds → Trainer.")
+        raise CallError(f"seeds(factory, …): {call.factory!r} is not callable; give a function: Seeds → Trainer.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise MethodError(
+        raise CallError(
             "seeds makes whole runs, one to a process: call it in a single process, not under torchrun or accelerate "
             "launch. Several runs at a time are workers=2 or more."
         )
@@ -159,7 +160,7 @@ def _check(
             try:
                 pickle.dumps(value)
             except (pickle.PicklingError, AttributeError, TypeError) as error:
-                raise MethodError(
+                raise CallError(
                     f"workers={workers!r}: {name} cannot be sent to another process ({error}). Define it at the top "
                     "level of a module, not inside a function; settings of its own go in by functools.partial."
                 ) from error

@@ -11,7 +11,7 @@ import transformers
 from transformers import TrainerCallback
 
 import peft_plus
-from peft_plus import MethodError, Racing, SeedRuns, get_model, seeds
+from peft_plus import MethodError, Racing, SeedRuns, SuccessiveHalving, TrainingError, get_model, seeds
 from peft_plus.seed_runs.lock import only_one
 from tests.models import tiny
 
@@ -51,6 +51,27 @@ def test_a_run_that_diverges_is_a_failed_run_with_a_result(tmp_path: Path) -> No
     assert report.failed >= 1 / 3
     assert not list(tmp_path.glob("run-*/")), "what it saved before it stopped is of no use any more"
     assert SeedRuns.load(tmp_path).results == runs.results
+
+
+def fragile(given: Any) -> Any:
+    """Run 1's metrics cannot be computed while it trains."""
+    trainer = made(given, eval_strategy="steps", eval_steps=1)
+    computes = trainer.compute_metrics
+
+    def metrics(prediction: Any) -> dict[str, float]:
+        if given.number == 1 and trainer.state.global_step:
+            raise ZeroDivisionError("no prediction of class 1")
+        return computes(prediction)
+
+    trainer.compute_metrics = metrics
+    return trainer
+
+
+@pytest.mark.parametrize("racing", [None, SuccessiveHalving()], ids=["whole", "halved"])
+def test_a_run_whose_metrics_fail_takes_no_other_along(racing: Any, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"1 of 3 runs failed.*ZeroDivisionError: no prediction of class 1"):
+        seeds(fragile, 3, metric="accuracy", racing=racing, out=tmp_path)
+    assert sorted(file.name for file in tmp_path.glob("run-*.*")) == ["run-0.json", "run-1.error.txt", "run-2.json"]
 
 
 def test_a_call_does_not_make_a_diverged_run_again(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from itertools import product
 
 import numpy as np
@@ -117,6 +119,20 @@ def test_racing_that_keeps_all_but_one_loses_nothing_by_a_perfect_start() -> Non
     racing = Racing(fraction=0.5, keep=9)
     found, _, _ = simulate_racing(values, values, racing=racing, draws=2_000)
     assert found == pytest.approx(expected_best(values, 10), abs=0.002)
+
+
+@pytest.mark.parametrize("greater_is_better", [True, False])
+def test_a_run_that_diverged_is_worse_than_any_in_a_race(greater_is_better: bool) -> None:
+    values = [float("nan"), 0.1, 0.2, 0.3]
+    racing = Racing(fraction=0.5, keep=1)
+    given = {"racing": racing, "greater_is_better": greater_is_better, "whole": 1}
+    found, median, share = simulate_racing(values, values, **given)
+    worst = [-1e9 if greater_is_better else 1e9, *values[1:]]
+    assert (median, share) == simulate_racing(worst, worst, **given)[1:]
+    best = [expected_best(values[1:], k, greater_is_better=greater_is_better) for k in range(1, 5)]
+    chances = [math.comb(4, k) * 0.75**k * 0.25 ** (4 - k) for k in range(1, 5)]  # of k that did not diverge
+    assert found == pytest.approx(sum(map(operator.mul, best, chances)) / sum(chances), abs=0.003)
+    assert math.isnan(simulate_racing(values[:1] * 2, values[:1] * 2, racing=racing)[0])
 
 
 def test_less_can_be_better() -> None:

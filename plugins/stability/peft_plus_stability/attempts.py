@@ -12,13 +12,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_plus import MethodError, Seeds, TrainingError, seed_runs
+from peft_plus import Seeds, TrainingError
 from peft_plus.seed_runs.call import Call
 from peft_plus.seed_runs.callbacks import Prunes
 from peft_plus.seed_runs.claim import named, plain
+from peft_plus.seed_runs.errors import CallError
 from peft_plus.seed_runs.one_run import clear
 from peft_plus.seed_runs.results import RunResult, read_results, value_of, write_whole
+from peft_plus.watched_metric import holds
 
+from .study import STUDY_ID
 from .trials import AGAIN, by_number
 
 if TYPE_CHECKING:
@@ -30,16 +33,9 @@ Space = Mapping[str, "BaseDistribution | Callable[[Any], Any]"]
 
 ENDED = "ended by"
 """Attribute of a study: the sampler that has tried all."""
-STUDY_ID = "id"
-"""Attribute of a study, by which a trial's folder is known for its own."""
-
 _DIVERGED = "diverged"
 _OF_A_GRID = ("grid_id", "search_space")
 """What Optuna's GridSampler notes of a trial that it proposed, and misses at the end of one that it did not."""
-
-
-class _Everywhere(MethodError):
-    """What every other trial would say, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +64,8 @@ class Attempts:
         """Make what is missing of so many trials: first that which was interrupted, then those that failed.
 
         Raises:
-            MethodError: what every other trial would say, too.
+            CallError: what every other trial would say, too. Another error may be due to the trial's settings, be it
+                of the factory or of the Trainer, and fails the trial.
         """
         states = self.optuna.trial.TrialState
         known = self._known()
@@ -129,7 +126,7 @@ class Attempts:
                 raise TrainingError(runs[-1].diverged or f"{self.common['metric']} is not a number.")
         except Exception as error:
             self._fail(number, trial, place, error)
-            if _everywhere(error):
+            if isinstance(error, CallError):
                 raise
             return
         (place / "error.txt").unlink(missing_ok=True)
@@ -158,7 +155,7 @@ class Attempts:
             except TypeError as error:
                 called, sign, _ = str(error).partition("() ")
                 if sign and made.__qualname__.endswith(f".{called}"):  # of its signature, not of what it calls
-                    raise _Everywhere(
+                    raise CallError(
                         f"The space makes search call the factory with {', '.join(params)}: {error}."
                     ) from error
                 raise
@@ -171,14 +168,15 @@ class Attempts:
         write_whole(place / "error.txt", "".join(traceback.format_exception(error)))
         for folder in place.glob("run-*/"):
             clear(folder)
-        name = "MethodError" if isinstance(error, _Everywhere) else type(error).__name__
+        name = type(error).__name__
         trial.set_user_attr("error", f"{name}: {error}")
         self.study.tell(trial, state=self.optuna.trial.TrialState.FAIL)
         logger.error("Trial %d failed: %s: %s", number, name, error)
 
     def _runs(self, trial: Any, call: Call) -> list[RunResult]:
         """All runs of a trial, or those up to the one that was stopped or diverged."""
-        done = read_results(call.out)
+        found = read_results(call.out)
+        done = {number: run for number, run in found.items() if run.diverged or holds(run.metrics, call.metric)}
         for number in range(self.seeds):
             if number not in done:
                 prunes = None
@@ -186,31 +184,15 @@ class Attempts:
                     known = self.study.trials[trial.number].intermediate_values
                     prunes = Prunes(trial, call.metric, known)
                 result = call.run(number, callbacks=[] if prunes is None else [prunes])
-                try:
-                    value_of(result, call.metric)
-                except MethodError as error:
-                    raise _Everywhere(str(error)) from None
+                call.keep(replace(result, finished=prunes is None or not prunes.pruned), done)
                 if prunes is not None and not prunes.told and not result.diverged:
-                    raise _Everywhere(
+                    raise CallError(
                         f"The pruner judges by {call.metric!r} while a run trains, and no evaluation before its last "
                         "step tells it: set eval_strategy and eval_steps, or name a metric that they tell."
                     )
-                call.keep(replace(result, finished=prunes is None or not prunes.pruned), done)
             if not done[number].finished or math.isnan(value_of(done[number], call.metric)):
                 break
         return [done[number] for number in sorted(done)]
-
-
-def _everywhere(error: Exception) -> bool:
-    """Whether every other trial would say it, too: what the runner itself says of the factory or its Trainer.
-
-    What the factory says, or the Trainer in training, may be due to the trial's settings.
-    """
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    raised_in = str(frame.f_globals.get("__name__", ""))
-    return isinstance(error, _Everywhere) or (
-        isinstance(error, MethodError) and raised_in.startswith(f"{seed_runs.__name__}.")
-    )
 
 
 def _suggested(optuna: Any, trial: Any, name: str, what: Any) -> Any:

@@ -6,8 +6,6 @@ import inspect
 import json
 import logging
 import os
-import shutil
-import uuid
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
@@ -21,8 +19,9 @@ from peft_plus.seed_runs.one_run import Evaluate
 from peft_plus.seed_runs.optional import imported, quiet
 from peft_plus.watched_metric import rises
 
-from .attempts import ENDED, STUDY_ID, Attempts, Space
-from .trials import SETTINGS, STORAGE, STUDY, Trials, storage
+from .attempts import ENDED, Attempts, Space
+from .study import leave_other_metric, taken_up
+from .trials import SETTINGS, Trials
 
 if TYPE_CHECKING:
     from optuna.pruners import BasePruner
@@ -91,18 +90,16 @@ def search(
     folder = Path(out)
     body = named(factory) | {"space": _described(optuna, space), "seeds": seeds, "base": base, "vary": axes}
     with only_one(folder), quiet(optuna):
-        _leave_other_metric(optuna, folder, metric)
+        known_as = leave_other_metric(optuna, folder, metric, upward=upward)
         claim(folder / SETTINGS, body, {"metric": metric, "greater_is_better": upward})
-        study = optuna.create_study(
-            study_name=STUDY,
-            storage=storage(folder),
-            direction="maximize" if upward else "minimize",
+        study = taken_up(
+            optuna,
+            folder,
+            upward=upward,
             sampler=sampler,
             pruner=pruner or optuna.pruners.NopPruner(),
-            load_if_exists=True,
+            known_as=known_as,
         )
-        if STUDY_ID not in study.user_attrs:
-            study.set_user_attr(STUDY_ID, uuid.uuid4().hex)
         if sampler is not None and study.get_trials(deepcopy=False):
             logger.info("%s holds trials: %s is seeded anew, lest it repeat them.", folder, type(sampler).__name__)
             sampler.reseed_rng()
@@ -137,25 +134,6 @@ def search(
             "and call again: they are made again, but for those that diverged."
         )
     return found
-
-
-def _leave_other_metric(optuna: Any, folder: Path, metric: str) -> None:
-    """Forget trials that another metric should have judged and did not, since it was never logged.
-
-    Raises:
-        MethodError: it did judge some.
-    """
-    settings = folder / SETTINGS
-    if not settings.is_file() or not (folder / STORAGE).is_file():
-        return
-    before = json.loads(settings.read_text(encoding="utf-8"))["metric"]
-    if before == metric:
-        return
-    if any(trial.state in ("complete", "pruned") for trial in Trials.load(folder).trials):
-        raise MethodError(f"{folder} holds trials judged by {before!r}, this call has {metric!r}: give another out.")
-    for place in folder.glob("trial-*/"):  # before the study, to which their numbers lead
-        shutil.rmtree(place)
-    optuna.delete_study(study_name=STUDY, storage=storage(folder))
 
 
 def _described(optuna: Any, space: Space) -> dict[str, Any]:

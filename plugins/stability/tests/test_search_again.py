@@ -234,7 +234,7 @@ def test_what_the_runner_says_of_the_factory_ends_the_search(
     with pytest.raises(MethodError, match=says):
         search(factory, X, 5, evaluate=evaluate, out=tmp_path)
     assert len(Trials.load(tmp_path).trials) == trials
-    assert Trials.load(tmp_path).trials[-1].error.startswith("MethodError: ")
+    assert Trials.load(tmp_path).trials[-1].error.startswith("CallError: ")
 
 
 def test_a_factory_that_was_mended_is_taken_up(tmp_path: Path) -> None:
@@ -331,6 +331,70 @@ def test_runs_of_a_study_that_was_thrown_away_are_not_taken_for_new_ones(away: s
     assert [number for _, number in factory.calls] == [0, 1, 0, 1]
     assert (before == now) == (away == "no database")
     assert found.trials[0].values == (2 + now, 2 + now)
+
+
+def test_finished_runs_are_judged_by_the_metric_that_the_next_call_names(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def factory(seeds: Seeds, *, x: float) -> Any:
+        calls.append(seeds.number)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return Scripted([x**2 + seeds.number], eval_f1=seeds.number / 10)
+
+    with pytest.raises(KeyboardInterrupt):
+        search(factory, X, 1, seeds=3, out=tmp_path)
+    found = search(factory, X, 1, seeds=3, metric="f1", out=tmp_path)
+    assert calls == [0, 1, 2, 2]
+    assert found.trials[0].values == (0.0, 0.1, 0.2)
+
+
+def test_a_run_without_the_metric_is_kept_for_another_and_made_again_for_it(tmp_path: Path) -> None:
+    calls: list[float] = []
+    logs: dict[str, float] = {}
+
+    def factory(seeds: Seeds, *, x: float) -> Any:
+        calls.append(x)
+        return Scripted([x**2], **logs)
+
+    for _ in range(2):
+        with pytest.raises(MethodError, match=r"the evaluation has no 'f1'.*Finished runs are kept"):
+            search(factory, X, 1, metric="f1", out=tmp_path / "one")
+    assert len(calls) == 2
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    assert search(factory, X, 1, out=tmp_path / "two").trials[0].values == (calls[0] ** 2,)
+    assert len(calls) == 2
+    logs["eval_f1"] = 0.5  # the cause is mended
+    assert search(factory, X, 1, metric="f1", out=tmp_path / "one").trials[0].values == (0.5,)
+    assert len(calls) == 3
+
+
+def test_what_is_better_may_be_said_later(tmp_path: Path) -> None:
+    def factory(seeds: Seeds, *, x: float) -> Any:
+        return Scripted([0.0], eval_distance=abs(x - 0.2))
+
+    first = search(factory, X, 12, metric="distance", out=tmp_path)
+    assert first.greater_is_better
+    then = search(factory, X, 40, metric="distance", greater_is_better=False, out=tmp_path)
+    assert params(then)[:12] == params(first)
+    assert [trial.value for trial in then.trials[:12]] == [trial.value for trial in first.trials]
+    study = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path / 'trials.db'}")
+    assert study.direction.name == "MINIMIZE"
+    late = [abs(x - 0.2) for x in xs(then)[-20:]]
+    assert sum(late) / len(late) < 0.3, "TPE looks where the distance is small; by chance it is .52 on average"
+
+
+def test_trials_that_were_pruned_the_other_way_are_no_trials_of_this_call(tmp_path: Path) -> None:
+    def factory(seeds: Seeds, *, x: float) -> Any:
+        return Scripted([x + k for k in range(4)])
+
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=1, n_warmup_steps=0)
+    found = search(factory, X, 8, pruner=pruner, out=tmp_path)
+    assert "pruned" in {trial.state for trial in found.trials}
+    with pytest.raises(MethodError, match=r"were pruned because less of 'eval_loss' was better.*give another out"):
+        search(factory, X, 9, greater_is_better=True, pruner=pruner, out=tmp_path)
+    assert len(Trials.load(tmp_path).trials) == 8
+    assert not Trials.load(tmp_path).greater_is_better
 
 
 def test_a_folder_of_other_parameters_is_not_taken(tmp_path: Path) -> None:
