@@ -174,6 +174,7 @@ def main(folder: Path) -> None:
         save_file(recorder.gradients[0], folder / f"{number}.gradient.{state.process_index}.safetensors")
         for place, batch in enumerate(recorder.batches):
             save_file(batch, folder / f"{number}.batch.{place}.{state.process_index}.safetensors")
+    state.destroy_process_group()
 
 
 def of_rank(case: Case, folder: Path, rank: int) -> tuple[Gradients, list[dict[str, Tensor]]]:

@@ -277,6 +277,8 @@ def main(folder: Path, runs: list[str]) -> int:
         loop, case = run.split(":")
         if code := explained(lambda loop=loop, case=case: live(loop, case, folder / "base"), rank):
             return code
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     return 0
 
 
