@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -20,6 +21,46 @@ from .trunk import TrainingData
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
+
+
+class Budgets:
+    """The arguments of one Trainer's runs: each is chosen anew from what the user gave, and changed since."""
+
+    def __init__(self) -> None:
+        self._given: Any = None
+        self._chosen: Any = None
+        self._as_chosen: dict[str, Any] = {}
+        self._under_way = False
+
+    def begin(self, args: Any, choose: Callable[[Any], Any], *, resumes: bool) -> Any:
+        """The arguments of the run that begins.
+
+        Args:
+            args: those that the Trainer has now.
+            choose: the user's arguments → those of the run.
+            resumes: whether it goes on from a checkpoint; one that broke off in this process keeps what was chosen,
+                for its model has trained meanwhile, and a probe of it would say something else.
+        """
+        if args is self._chosen and resumes and self._under_way:
+            return args
+        if args is not self._chosen:
+            self._given = args
+        elif self._chosen is not self._given:
+            changed = {name: value for name, value in vars(args).items() if not self._is_as_chosen(name, value)}
+            self._given = copy.copy(self._given)
+            for name, value in changed.items():
+                setattr(self._given, name, value)
+        self._chosen = choose(self._given)
+        self._as_chosen, self._under_way = dict(vars(self._chosen)), True
+        return self._chosen
+
+    def ended(self) -> None:
+        """The run came to its end."""
+        self._under_way = False
+
+    def _is_as_chosen(self, name: str, value: Any) -> bool:
+        before = self._as_chosen.get(name)
+        return name in self._as_chosen and (value is before or bool(value == before))
 
 
 def budgeted(

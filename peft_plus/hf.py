@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +25,9 @@ from .arguments import (
     plan_in,
     plan_of,
 )
-from .budget import budgeted
+from .budget import Budgets, budgeted
 from .checkpoint_trouble import loading
-from .distributed import check_accelerator
+from .distributed import check_accelerator, part
 from .engine import Engine
 from .errors import MethodError
 from .forward import FirstPass
@@ -66,7 +66,7 @@ class Bridge(SealedCheckpoints, Safeguards, TrainerLoss, _Trainer):
     _stage_data: StageData | None = None
     _data_taken: bool = False
     _loads: str | None = None  # the folder that weights are loaded from
-    _budget: tuple[Any, Any] = (None, None)  # the arguments that the last run was given, and those it ran with
+    _budgets: Budgets
     _evaluations: int = 0  # under way; one of several datasets makes one for each
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -89,7 +89,7 @@ class Bridge(SealedCheckpoints, Safeguards, TrainerLoss, _Trainer):
         if plan is not None:
             check_objective(plan, type(self))  # a model from model_init is here for the first time
             check_accelerator(plan, self.model, self.accelerator)
-        self._planned = plan
+        self._planned, self._budgets = plan, Budgets()
         task = plan.task if plan else infer_task(self.model)
         # Which labels the Trainer counts. The last virtual token predicts a row's first one.
         self._loss_shifts_labels = task.predicts_next and not task.virtual_tokens
@@ -123,20 +123,22 @@ class Bridge(SealedCheckpoints, Safeguards, TrainerLoss, _Trainer):
                     "its TrainingArguments, Trainer(model, args, …), rather than a model_init or no arguments."
                 )
         if plan:
-            given, budget = self._budget
-            given = given if budget is self.args else self.args  # a second run chooses anew, from what the user gave
-            self.args = budgeted(
+            choose = partial(
+                budgeted,
                 plan,
                 self.stage or plan.stages[0],
                 self.model,
-                given,
-                self._training_data(),
+                data=self._training_data(),
                 evaluates=self.eval_dataset is not None,
             )
-            self._budget = given, self.args
+            resumes = args[0] if args else kwargs.get("resume_from_checkpoint")
+            self.args = self._budgets.begin(self.args, choose, resumes=bool(resumes))
             check_own_schedule(plan, self.stage or plan.stages[0], self.args)
         try:
-            return super().train(*args, **kwargs)
+            result = super().train(*args, **kwargs)
+            part()
+            self._budgets.ended()
+            return result
         finally:
             self._let_go()
 

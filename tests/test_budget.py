@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from transformers import TrainerCallback
 
 from peft_plus import MethodError, Plugin, PluginError, Run
 
@@ -62,6 +63,47 @@ def test_a_second_run_is_asked_anew_from_what_the_user_gave(tmp_path: Path) -> N
     run.args.learning_rate = 0.25
     run.train()
     assert chosen(model).asked[-1][1] == 0.25
+
+
+def test_what_the_user_changes_between_two_runs_counts(tmp_path: Path) -> None:
+    model = built(["full", Budget(answer={"learning_rate": 0.5})])
+    run = trainer(model, tmp_path, max_steps=1)
+    given = run.args
+    run.train()
+    run.args.max_steps, run.args.weight_decay, run.args.output_dir = 3, 0.25, str(tmp_path / "other")
+    run.train()
+    assert (run.state.global_step, run.args.weight_decay, run.args.output_dir) == (3, 0.25, str(tmp_path / "other"))
+    run.args.learning_rate = 0.125
+    run.train()
+    assert [asked[1] for asked in chosen(model).asked] == [given.learning_rate, given.learning_rate, 0.125]
+    assert run.args.learning_rate == 0.5  # the plugin's choice still counts
+    assert (given.max_steps, given.weight_decay) == (1, 0.0)
+
+
+class Breaks(TrainerCallback):
+    """Ends the first run after its third step, as Ctrl-C does."""
+
+    def __init__(self) -> None:
+        self.done = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 3 and not self.done:
+            self.done = True
+            raise KeyboardInterrupt
+
+
+def test_a_run_that_broke_off_goes_on_with_what_was_chosen_for_it(tmp_path: Path) -> None:
+    model = built(["full", Budget(answer={"learning_rate": 0.125})])
+    run = trainer(model, tmp_path, max_steps=4, save_strategy="steps", save_steps=2, callbacks=[Breaks()])
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    run.args.save_total_limit = 1  # still the user's
+    run.train(resume_from_checkpoint=True)
+    assert len(chosen(model).asked) == 1
+    assert run.args.learning_rate == 0.125
+    assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+    run.train()
+    assert len(chosen(model).asked) == 2
 
 
 def test_two_that_choose_differently_are_named(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if trainer.is_world_process_zero():
         print(f"{trainer.accelerator.num_processes} process(es), {trainer.state.global_step} steps")
         print(model.peft_plus)
-    trainer.accelerator.end_training()  # the processes part; one that only stopped could make another one abort
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

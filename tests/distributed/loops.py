@@ -52,6 +52,8 @@ def with_trainer(
         "train_dataset": Stream(rows) if scenario.stream else rows,
         "data_collator": collator_of(scenario),
     }
+    if scenario.texts:
+        data["processing_class"] = tiny_tokenizer("encoder")
     if scenario.stages:
         peft_plus.fit(model, args, **data)
     else:

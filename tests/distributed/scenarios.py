@@ -44,6 +44,7 @@ class Scenario:
         exact: compute in fp64, where the run would blow up fp32's rounding (AdamW on vanishing gradients, T5's large
             logits): what is left is what the processes do differently.
         adamw: with AdamW; otherwise plain SGD, whose updates are as exact as the gradients.
+        texts: whether the Trainer has a tokenizer.
         stages: whether the method plans several stages, so that `fit` runs it.
         thawed: the part of a name that tells base weights which train beside the tuner.
         attached: the method that acts on these.
@@ -68,6 +69,7 @@ class Scenario:
     shuffled: bool = False
     checkpointing: bool = False
     quantization: str | None = None
+    texts: bool = False
     stages: bool = False
     thawed: str = ""
     attached: Any = None
@@ -196,6 +198,11 @@ SCENARIOS: dict[str, Scenario] = {
     "ema, AdamW": Scenario({"lora": LORA, "ema": {"decay": 0.5}}, adamw=True, bound=1e-5),
     "stability, fp32": Scenario({"lora": LORA, **STEADY}, bound=1e-5),
     "r4f": Scenario({"lora": LORA, "r4f": NOISE}, exact=True),
+    "neftune": Scenario({"lora": LORA, "neftune": {}}),
+    "eda": Scenario({"lora": LORA, "eda": {}}, texts=True, steps=16),
+    "early_stop": Scenario({"lora": LORA, "early_stop": {"patience": 1, "min_delta": 10.0}}),
+    "adaptive": Scenario({"lora": LORA, "adaptive": {}}),
+    "adaptive, thawing": Scenario({"full": {}, "adaptive": {"frozen_blocks": 2, "patience": 1, "stop": False}}),
     "lp_ft": Scenario({"lora": LORA, "lp_ft": {"probe_epochs": 0.5, "probe_lr": 0.05}}, stages=True),
     "sft": Scenario(ALL, model="llama", task="CAUSAL_LM", accumulation=2, rows=64, exact=True),
     "dpo": Scenario(QUIET, model="llama", task="CAUSAL_LM", accumulation=2, rows=64, checkpointing=True, exact=True),

@@ -53,7 +53,7 @@ class Adaptive(Plugin):
 
     name: ClassVar[str] = "adaptive"
     source: ClassVar[str] = "Mosbach et al. 2021, arXiv:2006.04884, for the number of epochs, warm-up and rate"
-    conflicts: ClassVar[tuple[str, ...]] = ("mosbach", "early_stop", "freeze", "ema", "swa", "r4f")
+    conflicts: ClassVar[tuple[str, ...]] = ("mosbach", "early_stop", "freeze")
 
     epochs: float | None = None
     learning_rate: float | None = None
@@ -98,6 +98,10 @@ class Adaptive(Plugin):
             raise ValueError(f"patience={self.patience}: give a number of evaluations ≥ 1.")
         if not 0 < self.lr_factor <= 1:
             raise ValueError(f"lr_factor={self.lr_factor}: give a factor in (0, 1].")
+
+    @property
+    def restores_best(self) -> bool:
+        return self.stop
 
     # ---- before ------------------------------------------------------------------------------------------------------
 
@@ -253,7 +257,8 @@ class Adaptive(Plugin):
             if state[name] != getattr(self, name):
                 raise ValueError(
                     f"the checkpoint was written with {name}={state[name]}, and now it is {getattr(self, name)}: "
-                    "go on with the data, the model and the settings that the run began with."
+                    "go on with the data, the model and the settings that the run began with. A model that has trained "
+                    "in this process is another one: build it anew."
                 )
         for name in ("best", "waited", "lowered", "frozen", "reasons"):
             setattr(self, name, state[name])
