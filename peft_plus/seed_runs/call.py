@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import MethodError
 from .axis import Axis, seeds_of
 from .one_run import Evaluate, Factory, clear, run_once
-from .results import RunResult, keep_result, value_of, write_whole
+from .results import RunResult, error_file, keep_result, value_of, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class Call:
         """
         keep_result(self.out, result)
         done[result.number] = result
-        self.error_file(result.number).unlink(missing_ok=True)
+        error_file(self.out, result.number).unlink(missing_ok=True)
         clear(self.folder(result.number))
         if result.diverged:
             logger.warning("Run %d diverged, and counts as failed: %s", result.number, result.diverged)
@@ -81,13 +81,9 @@ class Call:
 
     def fail(self, number: int, failure: Failure, failed: dict[int, str]) -> None:
         """Record that a run failed."""
-        write_whole(self.error_file(number), failure.traceback)
+        write_whole(error_file(self.out, number), failure.traceback)
         failed[number] = failure.message
         logger.error("Run %d failed: %s", number, failure.message)
-
-    def error_file(self, number: int) -> Path:
-        """Where the traceback of a run that failed is kept."""
-        return self.out / f"run-{number}.error.txt"
 
 
 @dataclass(frozen=True)

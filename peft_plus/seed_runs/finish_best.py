@@ -11,7 +11,7 @@ from .call import Call, Failure
 from .errors import CallError
 from .optional import imported, quiet
 from .racing import Racing, SuccessiveHalving, best, tell
-from .results import RunResult, keep_result, read_results, value_of
+from .results import RunResult, error_file, keep_result, read_results, value_of
 from .several import run_all
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ def race(
 
     def judged(result: RunResult) -> None:
         keep_result(call.out, result, "judged")
-        call.error_file(result.number).unlink(missing_ok=True)
+        error_file(call.out, result.number).unlink(missing_ok=True)
         early[result.number] = result
         value_of(result, call.metric)
 

@@ -86,8 +86,8 @@ class SeedRuns:
     @property
     def broken(self) -> tuple[int, ...]:
         """Numbers of the runs that ended by an error, which is in the folder, and have no result."""
-        files = [] if self.folder is None else self.folder.glob("run-*.error.txt")
-        numbers = {int(file.name.removeprefix("run-").removesuffix(".error.txt")) for file in files}
+        files = [] if self.folder is None else self.folder.glob(error_file(self.folder, "*").name)
+        numbers = {int(file.name.split(".")[0].removeprefix("run-")) for file in files}
         return tuple(sorted(numbers - {result.number for result in self.results}))
 
     @property
@@ -210,6 +210,11 @@ def numbers_in(metrics: Mapping[str, Any]) -> dict[str, float]:
 def keep_result(out: Path, result: RunResult, kind: Kind = "run") -> None:
     """At once, and whole."""
     write_whole(out / f"{kind}-{result.number}.json", as_json(asdict(result)))
+
+
+def error_file(out: Path, number: int | str) -> Path:
+    """Where the traceback of a run that failed is kept."""
+    return out / f"run-{number}.error.txt"
 
 
 def read_results(out: Path, kind: Kind = "run") -> dict[int, RunResult]:

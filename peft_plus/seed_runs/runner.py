@@ -19,7 +19,7 @@ from .finish_best import halve, race
 from .lock import only_one
 from .one_run import Evaluate, Factory
 from .racing import Racing, SuccessiveHalving
-from .results import SETTINGS, SeedRuns, read_results, value_of
+from .results import SETTINGS, SeedRuns, error_file, read_results, value_of
 from .several import run_all
 
 logger = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ def _made(
     if failed:
         raise TrainingError(
             f"{len(failed)} of {n} runs failed, the first by {next(iter(failed.values()))}. The tracebacks are in "
-            f"{call.out}/run-<number>.error.txt, for {', '.join(map(str, failed))}; {len(done)} results are kept. "
+            f"{error_file(call.out, '<number>')}, for {', '.join(map(str, failed))}; {len(done)} results are kept. "
             "Mend the cause and call again: only what is missing is made. SeedRuns.load reads what there is."
         )
     return results
