@@ -131,6 +131,8 @@ def measure(title: str, options: argparse.Namespace) -> Any:
 
     make = partial(factory, plugins=plugins_of(title), epochs=options.epochs, rate=options.rate)
     folder = options.out / f"{options.epochs:g}-epochs-at-{options.rate:g}" / f"seeds-{options.base}"
+    if options.each_epoch:
+        make, folder = partial(make, eval_strategy="epoch"), folder / "evaluated each epoch"
     return peft_plus.seeds(
         make,
         options.seeds,
@@ -150,6 +152,7 @@ def main() -> None:
     parser.add_argument("--base", type=int, default=0, help="the first seed (default 0)")
     parser.add_argument("--epochs", type=float, default=EPOCHS, help=f"default {EPOCHS}")
     parser.add_argument("--rate", type=float, default=LEARNING_RATE, help=f"default {LEARNING_RATE}")
+    parser.add_argument("--each-epoch", action="store_true", help="evaluate as `adaptive` needs it, not for racing")
     parser.add_argument("--workers", type=int, default=1, help="processes (default 1)")
     parser.add_argument("--out", type=Path, default=Path("out/stability"), help="folder (default out/stability)")
     parser.add_argument("--plot", type=Path, help="a file for the drawing")

@@ -22,9 +22,10 @@ class Adaptive(Plugin):
 
     Before a Trainer's run: passes over the data so that there are about 600 steps, from 3 to 20 (20 is Mosbach et al.
     2021's, arXiv:2006.04884, for small data), where a class that holds 80 % or more counts as much as all others
-    together; 2e-5 where base weights train, else your rate; a tenth of the steps of warm-up; the lower half of the
-    blocks frozen where a linear probe of the last block wins 90 % of what there is to win over the largest class; an
-    evaluation after each epoch, unless you chose when, and early stopping where there is something to evaluate on.
+    together; 2e-5 where base weights train, else your rate, divided by as much as your epochs are multiplied; a tenth
+    of the steps of warm-up; the lower half of the blocks frozen where a linear probe of the last block wins 90 % of
+    what there is to win over the largest class; an evaluation after each epoch, unless you chose when, and early
+    stopping where there is something to evaluate on.
     While it trains: after `patience` evaluations without improvement the highest frozen block thaws; where none is
     frozen the rate is multiplied by `lr_factor`; and a run that goes on so is stopped with its best weights. Each
     choice is logged with its reason. `freeze` and `early_stop` are found by name among what is installed.
@@ -36,7 +37,7 @@ class Adaptive(Plugin):
 
     Args:
         epochs: > 0; None: by the number of examples and their balance.
-        learning_rate: > 0; None: by what trains.
+        learning_rate: > 0; None: by what trains, and how long.
         warmup_fraction: of all steps, in [0, 1).
         frozen_blocks: ≥ 0, the embeddings with them; None: by a linear probe, for classification, else 0.
         thaw: whether a plateau thaws; False: what is frozen stays so, and holds no optimizer state. It also does

@@ -94,6 +94,13 @@ def _rate(choices: Choices, settings: Adaptive, run: Run) -> None:
     elif any(param.part == "base" for param in run.params):
         choices.args["learning_rate"] = PRETRAINED_RATE
         choices.say(f"learning rate {PRETRAINED_RATE:g} instead of {run.base_lr:g}", "pretrained weights train")
+    elif settings.epochs is None and choices.args.get("num_train_epochs", 0.0) > run.arguments.num_train_epochs:
+        yours, chosen = run.arguments.num_train_epochs, choices.args["num_train_epochs"]
+        rate = choices.args["learning_rate"] = run.base_lr * yours / chosen
+        choices.say(
+            f"learning rate {rate:g} instead of {run.base_lr:g}",
+            f"yours is for {yours:g} epochs, and in {chosen:g} the rates of all steps come to the same sum",
+        )
     else:
         choices.say(f"learning rate {run.base_lr:g}, yours", "only fresh weights train, and no rule fits all of them")
 

@@ -209,10 +209,12 @@ def test_the_budget_follows_the_data_and_each_choice_is_told(tmp_path: Path, cap
         made.train()
     assert made.args.num_train_epochs == 20
     assert made.args.warmup_steps == 0.1
-    assert made.args.learning_rate == 1e-2
+    assert made.args.learning_rate == pytest.approx(1e-2 * 3 / 20)
     share = np.bincount([int(row["labels"]) for row in made.train_dataset]).max() / 12
     assert f"20 epochs of 2 steps: 12 examples, {share:.0%} of them of the largest class; 600 steps" in caplog.text
-    assert "learning rate 0.01, yours: only fresh weights train" in caplog.text
+    assert (
+        "learning rate 0.0015 instead of 0.01: yours is for 3 epochs, and in 20 the rates" in caplog.text
+    )
     assert "early stopping after 6 evaluations: there is data to evaluate on" in caplog.text
     assert "0 blocks frozen: no probe" in caplog.text
 
@@ -227,6 +229,16 @@ def test_what_is_given_is_not_chosen(tmp_path: Path) -> None:
     (row,) = [row for row in made.model.peft_plus.engagement["train"] if row.group[0] == 2][:1]
     assert row.steps
     assert all(row.group[0] != 1 for row in made.model.peft_plus.engagement["train"] if row.steps)
+
+
+@pytest.mark.parametrize(
+    ("settings", "more"), [({"epochs": 20.0}, {}), ({}, {"max_steps": 2}), ({}, {"num_train_epochs": 25.0})]
+)
+def test_a_rate_for_so_many_epochs_or_steps_stays(settings: Any, more: Any, tmp_path: Path) -> None:
+    made = run(tmp_path, Adaptive(**settings), **more)
+    made.train()
+    assert made.args.learning_rate == 1e-2
+    assert "learning rate 0.01, yours: only fresh weights" in " ".join(made.model.peft_plus.plugins[0].reasons)
 
 
 def test_pretrained_weights_get_their_own_rate(tmp_path: Path) -> None:
