@@ -133,6 +133,7 @@ STEADY = {
     "ema": {"decay": 0.5},
 }
 GUARDED = {"swa": {"every": 3, "start_fraction": 0.0}, "loss_guard": {}, "l2_sp": {}}
+THAWS = {"frozen_blocks": 2, "patience": 1, "stop": False}
 QUIET = {name: settings for name, settings in ALL.items() if name != "r3f"}
 
 SCENARIOS: dict[str, Scenario] = {
@@ -202,7 +203,7 @@ SCENARIOS: dict[str, Scenario] = {
     "eda": Scenario({"lora": LORA, "eda": {}}, texts=True, steps=16),
     "early_stop": Scenario({"lora": LORA, "early_stop": {"patience": 1, "min_delta": 10.0}}),
     "adaptive": Scenario({"lora": LORA, "adaptive": {}}),
-    "adaptive, thawing": Scenario({"full": {}, "adaptive": {"frozen_blocks": 2, "patience": 1, "stop": False}}),
+    "adaptive, thawing": Scenario({"full": {}, "adaptive": {**THAWS, "learning_rate": 0.05}}),
     "lp_ft": Scenario({"lora": LORA, "lp_ft": {"probe_epochs": 0.5, "probe_lr": 0.05}}, stages=True),
     "sft": Scenario(ALL, model="llama", task="CAUSAL_LM", accumulation=2, rows=64, exact=True),
     "dpo": Scenario(QUIET, model="llama", task="CAUSAL_LM", accumulation=2, rows=64, checkpointing=True, exact=True),

@@ -212,9 +212,7 @@ def test_the_budget_follows_the_data_and_each_choice_is_told(tmp_path: Path, cap
     assert made.args.learning_rate == pytest.approx(1e-2 * 3 / 20)
     share = np.bincount([int(row["labels"]) for row in made.train_dataset]).max() / 12
     assert f"20 epochs of 2 steps: 12 examples, {share:.0%} of them of the largest class; 600 steps" in caplog.text
-    assert (
-        "learning rate 0.0015 instead of 0.01: yours is for 3 epochs, and in 20 the rates" in caplog.text
-    )
+    assert "learning rate 0.0015 instead of 0.01: yours is for 3 epochs, and in 20 the rates" in caplog.text
     assert "early stopping after 6 evaluations: there is data to evaluate on" in caplog.text
     assert "0 blocks frozen: no probe" in caplog.text
 
