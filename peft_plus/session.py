@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from . import session_checkpoint
 from .arguments import plan_in, plan_of
 from .compose import Plan
-from .distributed import check_accelerator, flipping
+from .distributed import check_accelerator, flipping, part
 from .divergence import gradient_norm, unscale
 from .engine import Engine
 from .errors import MethodError
@@ -271,6 +271,7 @@ class Session:
             self._loss.check_labels(self.step)
             self._watch.check_rates()
             self.engine.prove(None)
+            part()
         finally:
             state.plugin_kwargs = before
             self._running = False
