@@ -161,7 +161,8 @@ def main() -> None:
     logging.getLogger("peft_plus.seed_runs").setLevel(logging.INFO)
     runs = {title: measure(title, options) for title in options.methods}
     print(report(runs, options.methods[0], options.plot))
-    print(f"\n{options.methods[0]}, raced:\n\n{raced(runs[options.methods[0]])}")
+    if not options.each_epoch:
+        print(f"\n{options.methods[0]}, raced:\n\n{raced(runs[options.methods[0]])}")
 
 
 def report(runs: Mapping[str, Any], baseline: str, drawing: Path | None = None) -> str:

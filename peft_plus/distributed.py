@@ -268,7 +268,7 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
-def part() -> None:
+def leave_together() -> None:
     """After the last exchange of a run: wait until every process is here. Every process must call it.
 
     Gloo's threads let go of the exchanged tensors a little later than the exchange ends. One that wants to when the

@@ -82,7 +82,7 @@ class Engine:
         self.rejected = False  # whether a plugin refused the update at work
         self.trunk: TrunkService | None = None
         self._trunk_state: Mapping[str, Any] | None = None
-        self._finished = False
+        self.finished = False
         self._watch: proof.Engagement | None = None
         self._restore_rates: Callable[[], None] | None = None
         self._restore_graph: Callable[[], None] = lambda: None
@@ -427,9 +427,9 @@ class Engine:
         Raises:
             EngagementError: a declared group never moved, a frozen tensor did, or a tensor is not finite any more.
         """
-        if self._finished:
+        if self.finished:
             return
-        self._finished = True
+        self.finished = True
         watch, self._watch = self._watch, None
         if watch is not None:  # under DeepSpeed nothing is watched
             self._compare(watch, save)
@@ -455,7 +455,7 @@ class Engine:
         self._restore_graph()
         if self.trunk is not None:
             # Who stopped it by a callback may go on later.
-            self.trunk.close(finished=self._finished and (self.run.step >= self.run.max_steps or self.stopped))
+            self.trunk.close(finished=self.finished and (self.run.step >= self.run.max_steps or self.stopped))
             self.trunk = None
         self.effects.close()
 
@@ -468,7 +468,7 @@ class Engine:
     def evaluating(self) -> Generator[None]:
         """While this is open, the weights to evaluate and to save stand in the model. Every process must open it."""
         self.weights_back()
-        if not hasattr(self, "run") or self._finished:
+        if not hasattr(self, "run") or self.finished:
             yield
             return
         with self.eval_weights.standing(self.run):

@@ -27,7 +27,7 @@ from .arguments import (
 )
 from .budget import Budgets, budgeted
 from .checkpoint_trouble import loading
-from .distributed import check_accelerator, part
+from .distributed import check_accelerator, leave_together
 from .engine import Engine
 from .errors import MethodError
 from .forward import FirstPass
@@ -136,10 +136,11 @@ class Bridge(SealedCheckpoints, Safeguards, TrainerLoss, _Trainer):
             check_own_schedule(plan, self.stage or plan.stages[0], self.args)
         try:
             result = super().train(*args, **kwargs)
-            part()
-            self._budgets.ended()
+            leave_together()
             return result
         finally:
+            if self._engine is not None and self._engine.finished:
+                self._budgets.ended()  # also where what came after it failed
             self._let_go()
 
     def _let_go(self) -> None:

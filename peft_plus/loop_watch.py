@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,13 +31,18 @@ class LoopWatch:
         self._updates = self._at_rest = 0  # all, and those at a learning rate of 0
         self._held: tuple[nn.Parameter, Tensor] | None = None  # a gradient that the last update used
 
-    def listen(self, optimizer: Optimizer) -> None:
-        """Learn of each `zero_grad` that really acts: Accelerate's own wrapper leaves them out inside a step."""
+    def listen(self, optimizer: Optimizer, settle: Callable[[], None]) -> None:
+        """Learn of each `zero_grad` that really acts: Accelerate's own wrapper leaves them out inside a step.
+
+        Args:
+            settle: finds out whether a gradient scaler has left the update out.
+        """
         zero_grad = optimizer.zero_grad
 
         @functools.wraps(zero_grad)
         def noted(*args: Any, **kwargs: Any) -> Any:
-            if self.size > 1 and self._place and not self.updated:
+            settle()
+            if self.size > 1 and self._place and not self.over:
                 raise MethodError(
                     f"optimizer.zero_grad() before optimizer.step() would throw away the gradients of {self._place} of "
                     f"the {self.size} micro-batches of step {self._step + 1}. Put it after optimizer.step()."

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from . import session_checkpoint
 from .arguments import plan_in, plan_of
 from .compose import Plan
-from .distributed import check_accelerator, flipping, part
+from .distributed import check_accelerator, flipping, leave_together
 from .divergence import gradient_norm, unscale
 from .engine import Engine
 from .errors import MethodError
@@ -157,7 +157,7 @@ class Session:
         self.engine.adopt(optimizer)
         self._let_ddp_wait_for_nothing()
         self.model, prepared = self.accelerator.prepare(self.bare_model, optimizer)
-        self._watch.listen(optimizer)
+        self._watch.listen(optimizer, self._finish_skipped)
         optimizer.register_step_pre_hook(lambda *_: self._before_update())
         optimizer.register_step_post_hook(lambda *_: self._after_update())
         self._base_lr = float(optimizer.param_groups[0]["lr"] or 0.0)
@@ -271,7 +271,7 @@ class Session:
             self._loss.check_labels(self.step)
             self._watch.check_rates()
             self.engine.prove(None)
-            part()
+            leave_together()
         finally:
             state.plugin_kwargs = before
             self._running = False
@@ -431,7 +431,7 @@ class Session:
 
     def _finish_skipped(self) -> None:
         """A gradient scaler that finds an overflow leaves the update out; the step is over all the same."""
-        if self._watch.at_last and not self._watch.over and self.optimizers[0].step_was_skipped:
+        if self.optimizers and self._watch.at_last and not self._watch.over and self.optimizers[0].step_was_skipped:
             self._watch.skipped = True
             self.engine.after_update(skipped=True)
             self._count_step()

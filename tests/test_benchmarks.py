@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,3 +146,40 @@ def test_a_race_that_is_played_over_recorded_runs_costs_half_of_them() -> None:
     assert [row[:4] for row in table] == [["30%", "1.00", "20", "5"], ["60%", "1.00", "16", "1"]]
     assert all(float(row[4]) <= 10 for row in table)
     assert table[0][7] == "64%"  # 1 − .95²⁰: the best of all is among 20 draws, which is the median best of so many
+
+
+def test_a_recorded_run_that_diverged_loses_the_race() -> None:
+    """Two of six diverged, one of them before it is judged; the best of the others is found."""
+
+    def result(k: int) -> RunResult:
+        steps = {4: 10, 5: 3}.get(k, 20)
+        evaluations = tuple((step, {"eval_accuracy": k / 10}) for step in (6, 20) if step <= steps)
+        metrics = {} if k >= 4 else {"eval_accuracy": k / 10}
+        why = "" if metrics else "the loss"
+        return RunResult(
+            number=k, seeds={}, metrics=metrics, evaluations=evaluations, steps=steps, max_steps=20, diverged=why
+        )
+
+    runs = SeedRuns(results=tuple(map(result, range(6))), metric="eval_accuracy", greater_is_better=True)
+    (row,) = [[cell.strip() for cell in line.split("|")[1:-1]] for line in stability.raced(runs).splitlines()[2:]]
+    assert row[:4] == ["30%", "1.00", "6", "1"]
+    # Judged best is the one that diverges later, wherever it is drawn; else the best of what is drawn of the others.
+    assert 0 < float(row[7].rstrip("%")) <= 100 * (5 / 6) ** 6
+
+
+def test_each_setting_of_the_seeds_benchmark_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[str, dict[str, object]]] = []
+    monkeypatch.setattr("peft_plus.seeds", lambda make, n, *, out, **_: made.append((out.as_posix(), make.keywords)))
+    given = {"seeds": 2, "base": 7, "epochs": 3.0, "workers": 1, "out": Path("out")}
+    for rate, each in ((1e-2, False), (2e-2, False), (2e-2, True)):
+        stability.measure("lora", argparse.Namespace(**given, rate=rate, each_epoch=each))
+    assert [out for out, _ in made] == [
+        "out/3-epochs-at-0.01/seeds-7/lora",
+        "out/3-epochs-at-0.02/seeds-7/lora",
+        "out/3-epochs-at-0.02/seeds-7/evaluated each epoch/lora",
+    ]
+    assert [(settings["rate"], settings.get("eval_strategy")) for _, settings in made] == [
+        (1e-2, None),
+        (2e-2, None),
+        (2e-2, "epoch"),
+    ]

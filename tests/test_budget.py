@@ -19,15 +19,21 @@ from .evaluated_loop import evaluated_session
 
 @dataclass(kw_only=True)
 class Budget(Plugin):
-    """Answers with what it is given, and notes what it is asked with."""
+    """Answers with what it is given, and notes what it is asked with.
+
+    Attributes:
+        times: how often it was asked; `asked` goes back with a checkpoint.
+    """
 
     name: ClassVar[str] = "budget"
+    times: ClassVar[list[float]] = []
 
     answer: Any = None
     asked: list[tuple[int, float, int, bool | None]] = field(init=False, default_factory=list)
 
     def plan_budget(self, run: Run) -> Mapping[str, Any]:
         seen = sum(len(batch["input_ids"]) for batch in run.examples(3))
+        self.times.append(run.base_lr)
         self.asked.append((seen, run.base_lr, run.steps_per_epoch, run.evaluates))
         return self.answer
 
@@ -93,17 +99,37 @@ class Breaks(TrainerCallback):
 
 
 def test_a_run_that_broke_off_goes_on_with_what_was_chosen_for_it(tmp_path: Path) -> None:
+    Budget.times.clear()
     model = built(["full", Budget(answer={"learning_rate": 0.125})])
     run = trainer(model, tmp_path, max_steps=4, save_strategy="steps", save_steps=2, callbacks=[Breaks()])
     with pytest.raises(KeyboardInterrupt):
         run.train()
     run.args.save_total_limit = 1  # still the user's
     run.train(resume_from_checkpoint=True)
-    assert len(chosen(model).asked) == 1
+    assert len(Budget.times) == 1
     assert run.args.learning_rate == 0.125
     assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
     run.train()
-    assert len(chosen(model).asked) == 2
+    assert len(Budget.times) == 2
+
+
+class FailsAtTheEnd(TrainerCallback):
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        raise OSError("the dashboard is down")
+
+
+def test_a_run_that_ended_is_not_under_way_whatever_failed_after_it(tmp_path: Path) -> None:
+    Budget.times.clear()
+    model = built(["full", Budget(answer={"learning_rate": 0.125})])
+    run = trainer(model, tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    run.add_callback(FailsAtTheEnd)  # after ours
+    with pytest.raises(OSError, match="dashboard"):
+        run.train()
+    run.remove_callback(FailsAtTheEnd)
+    run.args.max_steps = 3
+    run.train(resume_from_checkpoint=True)
+    assert len(Budget.times) == 2
+    assert run.state.global_step == 3
 
 
 def test_two_that_choose_differently_are_named(tmp_path: Path) -> None:

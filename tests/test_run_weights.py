@@ -366,37 +366,42 @@ def test_a_session_behind_a_gradient_scaler(fused: bool) -> None:
 class Scaled:
     """A bare loop of six steps behind a gradient scaler, whose second update overflows."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, accumulation: int) -> None:
         self.folder = folder
         self.model = get_model(tiny("bert"), ["full", Returns()])
-        self.accelerator = Accelerator(cpu=True)
+        self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
         self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
         self.session = Session(self.model, self.accelerator, max_steps=6)
         self.optimizer = self.session.optimizer(torch.optim.AdamW, lr=1e-3)
 
     def train(self, resume: bool = False) -> None:
         session, overflow = self.session, Overflow(self.model)
-        loader = session.loader(rows(), 4, collate_fn=default_data_collator, shuffle=False)
+        loader = session.loader(rows(), 2, collate_fn=default_data_collator, shuffle=False)
         if resume:
             assert session.resume(self.folder / "checkpoint-2")
         for batch in session.batches(loader):
-            overflow.now = session.step
-            self.accelerator.backward(session.loss(batch))
-            with pytest.raises(MethodError, match="in the middle of a step"):
-                session.evaluated({"eval_loss": 1.0})  # also right after a step that was skipped
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            session.evaluated({"eval_loss": 1.0})
-            session.save(self.folder)
+            with self.accelerator.accumulate(session.model):
+                overflow.now = session.step
+                self.accelerator.backward(session.loss(batch))
+                with pytest.raises(MethodError, match="in the middle of a step"):
+                    session.evaluated({"eval_loss": 1.0})  # also right after a step that was skipped
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            if self.accelerator.sync_gradients:
+                session.evaluated({"eval_loss": 1.0})
+                session.save(self.folder)
 
 
-def test_a_step_that_a_scaler_skipped_is_whole_for_evaluations_and_checkpoints(tmp_path: Path) -> None:
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_that_a_scaler_skipped_is_whole_for_evaluations_and_checkpoints(
+    accumulation: int, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
-    whole = Scaled(tmp_path / "whole")
+    whole = Scaled(tmp_path / "whole", accumulation)
     start = {name: tensor.clone() for name, tensor in whole.model.state_dict().items()}
     whole.train()
     assert [(tmp_path / "whole" / f"checkpoint-{step}").is_dir() for step in range(1, 8)] == [True] * 6 + [False]
-    resumed = Scaled(tmp_path / "whole")
+    resumed = Scaled(tmp_path / "whole", accumulation)
     resumed.model.load_state_dict(start)
     resumed.train(resume=True)
     assert resumed.session.step == 6

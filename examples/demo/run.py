@@ -86,7 +86,7 @@ def _fine_tune_all(
             name = f"{title}, seed {seed}"
             outcome = fine_tune(method, seed, data, out / "trainer", begin(name))
             outcomes.setdefault(title, []).append(outcome)
-            to.print(f"{name}: dev accuracy {' → '.join(f'{100 * value:.1f} %' for value in outcome.dev)}")
+            to.print(f"{name}: dev accuracy by epoch {' → '.join(f'{100 * value:.1f} %' for value in outcome.dev)}")
     return outcomes
 
 

@@ -22,6 +22,17 @@ def claim(file: Path, body: Mapping[str, Any], told: Mapping[str, Any]) -> None:
     Raises:
         CallError: they are another's; names the first thing that differs.
     """
+    check_claim(file, body)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, json.dumps({**body, **told}, indent=2) + "\n")
+
+
+def check_claim(file: Path, body: Mapping[str, Any]) -> None:
+    """See whether results beside `file` are of another call; changes nothing.
+
+    Raises:
+        CallError: they are; names the first thing that differs.
+    """
     if file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
         name = next((name for name in body if name in before and before[name] != body[name]), None)
@@ -30,8 +41,6 @@ def claim(file: Path, body: Mapping[str, Any], told: Mapping[str, Any]) -> None:
                 f"{file.parent} holds runs with {name}={before[name]!r}, this call has {body[name]!r}. Give another "
                 "out, or delete that folder."
             )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, json.dumps({**body, **told}, indent=2) + "\n")
 
 
 def named(factory: Callable[..., Any]) -> dict[str, Any]:

@@ -176,7 +176,8 @@ class Adaptive(Plugin):
         if self.planned_rate is not None and rates and self.planned_rate not in rates:
             logger.warning(
                 "adaptive chose the learning rate %g, but the optimizer was made with %s, and that counts. Leave the "
-                "optimizer to the Trainer, or make it with the rate that you want.",
+                "optimizer to a new Trainer (a second train() keeps that of the first), or make it with the rate that "
+                "you want.",
                 self.planned_rate,
                 ", ".join(f"{rate:g}" for rate in sorted(rates)),
             )

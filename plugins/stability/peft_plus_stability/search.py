@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from peft_plus import MethodError, TrainingError
 from peft_plus.seed_runs.axis import AXES, Axis
-from peft_plus.seed_runs.claim import claim, named, plain
+from peft_plus.seed_runs.claim import check_claim, claim, named, plain
 from peft_plus.seed_runs.lock import only_one
 from peft_plus.seed_runs.one_run import Evaluate
 from peft_plus.seed_runs.optional import imported, quiet
 from peft_plus.watched_metric import rises
 
 from .attempts import ENDED, Attempts, Space
-from .study import leave_other_metric, taken_up
+from .study import begun, fit_to
 from .trials import SETTINGS, Trials
 
 if TYPE_CHECKING:
@@ -90,16 +90,10 @@ def search(
     folder = Path(out)
     body = named(factory) | {"space": _described(optuna, space), "seeds": seeds, "base": base, "vary": axes}
     with only_one(folder), quiet(optuna):
-        known_as = leave_other_metric(optuna, folder, metric, upward=upward)
+        check_claim(folder / SETTINGS, body)
+        fit_to(optuna, folder, metric, upward=upward)
         claim(folder / SETTINGS, body, {"metric": metric, "greater_is_better": upward})
-        study = taken_up(
-            optuna,
-            folder,
-            upward=upward,
-            sampler=sampler,
-            pruner=pruner or optuna.pruners.NopPruner(),
-            known_as=known_as,
-        )
+        study = begun(optuna, folder, upward=upward, sampler=sampler, pruner=pruner or optuna.pruners.NopPruner())
         if sampler is not None and study.get_trials(deepcopy=False):
             logger.info("%s holds trials: %s is seeded anew, lest it repeat them.", folder, type(sampler).__name__)
             sampler.reseed_rng()

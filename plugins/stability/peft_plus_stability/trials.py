@@ -137,10 +137,9 @@ class Trials:
         Raises:
             MethodError: there is nothing of it; optuna is not installed.
         """
-        place = Path(folder)
-        if not (place / SETTINGS).is_file() or not (place / STORAGE).is_file():
+        place, optuna = Path(folder), imported("optuna", "search")
+        if not (place / SETTINGS).is_file() or not holds_study(optuna, place):
             raise MethodError(f"{place} holds no trials of search: there is no {SETTINGS} with {STORAGE} in it.")
-        optuna = imported("optuna", "search")
         told = json.loads((place / SETTINGS).read_text(encoding="utf-8"))
         with quiet(optuna):
             study = optuna.load_study(study_name=STUDY, storage=storage(place))
@@ -157,9 +156,14 @@ class Trials:
         )
 
 
-def storage(folder: Path) -> str:
+def storage(folder: Path, name: str = STORAGE) -> str:
     """Where Optuna keeps the trials: a database that a kill leaves whole."""
-    return f"sqlite:///{(folder / STORAGE).resolve().as_posix()}"
+    return f"sqlite:///{(folder / name).resolve().as_posix()}"
+
+
+def holds_study(optuna: Any, folder: Path) -> bool:
+    """Whether there is a study; a call that was killed early leaves a database without one."""
+    return (folder / STORAGE).is_file() and STUDY in optuna.get_all_study_names(storage(folder))
 
 
 def by_number(trials: Iterable[Any]) -> dict[int, Any]:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -20,6 +21,7 @@ from torch import nn
 
 from peft_plus import MethodError, Seeds, TrainingError
 from peft_plus.errors import DivergenceError
+from peft_plus_stability import study
 from peft_plus_stability.search import search
 from peft_plus_stability.trials import Trials
 
@@ -349,6 +351,47 @@ def test_finished_runs_are_judged_by_the_metric_that_the_next_call_names(tmp_pat
     assert found.trials[0].values == (0.0, 0.1, 0.2)
 
 
+def test_a_call_that_is_refused_leaves_the_study_as_it_was(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def factory(seeds: Seeds, *, x: float) -> Any:
+        calls.append(seeds.number)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return Scripted([x**2 + seeds.number], eval_f1=seeds.number / 10)
+
+    with pytest.raises(KeyboardInterrupt):
+        search(factory, X, 1, seeds=3, out=tmp_path)
+    with pytest.raises(MethodError, match="holds runs with seeds=3, this call has 4"):
+        search(factory, X, 1, metric="f1", seeds=4, out=tmp_path)
+    assert search(factory, X, 1, seeds=3, out=tmp_path).trials[0].state == "complete"
+    assert calls == [0, 1, 2, 2]
+
+
+def test_a_call_that_was_killed_before_its_study_began_is_no_obstacle(tmp_path: Path) -> None:
+    search(bowl, X, 1, out=tmp_path)
+    optuna.delete_study(study_name="search", storage=f"sqlite:///{tmp_path / 'trials.db'}")
+    with pytest.raises(MethodError, match="holds no trials of search"):
+        Trials.load(tmp_path)
+    assert search(bowl, X, 2, metric="eval_loss", greater_is_better=True, out=tmp_path).greater_is_better
+
+
+def test_a_kill_while_a_study_is_replaced_loses_no_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = search(bowl, X, 3, out=tmp_path)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "os", SimpleNamespace(replace=killed))
+    with pytest.raises(KeyboardInterrupt):
+        search(bowl, X, 4, greater_is_better=True, out=tmp_path)
+    monkeypatch.undo()
+    assert params(Trials.load(tmp_path)) == params(before)
+    after = search(bowl, X, 4, greater_is_better=True, out=tmp_path)
+    assert params(after)[:3] == params(before)
+    assert sorted(file.name for file in tmp_path.glob("*trials.db*")) == ["trials.db"]
+
+
 def test_a_run_without_the_metric_is_kept_for_another_and_made_again_for_it(tmp_path: Path) -> None:
     calls: list[float] = []
     logs: dict[str, float] = {}
@@ -378,8 +421,8 @@ def test_what_is_better_may_be_said_later(tmp_path: Path) -> None:
     then = search(factory, X, 40, metric="distance", greater_is_better=False, out=tmp_path)
     assert params(then)[:12] == params(first)
     assert [trial.value for trial in then.trials[:12]] == [trial.value for trial in first.trials]
-    study = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path / 'trials.db'}")
-    assert study.direction.name == "MINIMIZE"
+    turned = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path / 'trials.db'}")
+    assert turned.direction.name == "MINIMIZE"
     late = [abs(x - 0.2) for x in xs(then)[-20:]]
     assert sum(late) / len(late) < 0.3, "TPE looks where the distance is small; by chance it is .52 on average"
 
