@@ -272,8 +272,8 @@ def leave_together() -> None:
     """After the last exchange of a run: wait until every process is here. Every process must call it.
 
     Gloo's threads let go of the exchanged tensors a little later than the exchange ends. One that wants to when the
-    interpreter ends already cannot, and aborts the process: exit code -6 after all was done, in one of ten launches
-    whose script ended right after training (torch 2.13). While a barrier waits they can.
+    interpreter ends already cannot, and aborts the process: exit code -6 after all was done, in about one of eight
+    launches whose script ended right after training (torch 2.13). While a barrier waits they can.
     """
     if _several() and torch.distributed.get_backend() == "gloo":
         torch.distributed.barrier()
