@@ -88,7 +88,7 @@ def test_a_factory_with_other_settings_is_another_factory(tmp_path: Path) -> Non
     with pytest.raises(MethodError, match="holds runs with arguments="):
         seeds(partial(made, **{**settings, "method": {"lora": {"r": 3}}}), 2, out=tmp_path)
     file = tmp_path / "seeds.json"  # an argument that is no plain value counts by its type
-    assert seeds(partial(made, model_init=None, folder=Path("x")), 2, out=tmp_path / "c").values
+    assert seeds(partial(made, model_init=None, folder=tmp_path / "x"), 2, out=tmp_path / "c").values
     assert json.loads(file.read_text())["arguments"] == [[[], settings]]
 
 
