@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,9 @@ from .errors import MethodError
 from .plugin import Plugin
 
 logger = logging.getLogger(__name__)
+
+_LETTING_GO = 0.05
+"""Seconds without Python's lock, in which gloo's threads let go of what was exchanged."""
 
 
 def flipping(plan: Plan) -> Plugin | None:
@@ -273,10 +277,12 @@ def leave_together() -> None:
 
     Gloo's threads let go of the exchanged tensors a little later than the exchange ends. One that wants to when the
     interpreter ends already cannot, and aborts the process: exit code -6 after all was done, in about one of eight
-    launches whose script ended right after training (torch 2.13). While a barrier waits they can.
+    launches whose script ended right after training (torch 2.13). They need Python's lock for it, which a barrier alone
+    may give back too briefly.
     """
     if _several() and torch.distributed.get_backend() == "gloo":
         torch.distributed.barrier()
+        time.sleep(_LETTING_GO)
 
 
 def _several() -> bool:

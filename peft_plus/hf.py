@@ -107,7 +107,7 @@ class Bridge(SealedCheckpoints, Safeguards, TrainerLoss, _Trainer):
 
     # ---- the life of a run -------------------------------------------------------------------------------------
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         plan = plan_of(self.model)
         if plan and self.stage is None:
             first, *others = plan.stages
@@ -131,11 +131,10 @@ class Bridge(SealedCheckpoints, Safeguards, TrainerLoss, _Trainer):
                 data=self._training_data(),
                 evaluates=self.eval_dataset is not None,
             )
-            resumes = args[0] if args else kwargs.get("resume_from_checkpoint")
-            self.args = self._budgets.begin(self.args, choose, resumes=bool(resumes))
+            self.args = self._budgets.begin(self.args, choose, resumes=bool(resume_from_checkpoint))
             check_own_schedule(plan, self.stage or plan.stages[0], self.args)
         try:
-            result = super().train(*args, **kwargs)
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
             leave_together()
             return result
         finally:

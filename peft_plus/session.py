@@ -431,7 +431,7 @@ class Session:
 
     def _finish_skipped(self) -> None:
         """A gradient scaler that finds an overflow leaves the update out; the step is over all the same."""
-        if self.optimizers and self._watch.at_last and not self._watch.over and self.optimizers[0].step_was_skipped:
+        if self._watch.at_last and not self._watch.over and self.optimizers[0].step_was_skipped:
             self._watch.skipped = True
             self.engine.after_update(skipped=True)
             self._count_step()

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,9 @@ def fit_to(optuna: Any, folder: Path, metric: str, *, upward: bool) -> None:
     if not settings.is_file() or not holds_study(optuna, folder):
         return
     told = json.loads(settings.read_text(encoding="utf-8"))
-    before, states = told["metric"], {trial.state for trial in Trials.load(folder).trials}
+    study = optuna.load_study(study_name=STUDY, storage=storage(folder))
+    found = Trials.of(study, metric=told["metric"], greater_is_better=told["greater_is_better"], folder=folder)
+    before, states = found.metric, {trial.state for trial in found.trials}
     if before != metric:
         if states & {"complete", "pruned"}:
             raise MethodError(
@@ -65,29 +67,27 @@ def fit_to(optuna: Any, folder: Path, metric: str, *, upward: bool) -> None:
             for number, run in read_results(place).items():
                 if not run.finished:  # the other metric stopped it
                     (place / f"run-{number}.json").unlink()
-        _replace(optuna, folder, upward, trials=())
+        _replace(optuna, folder, study, upward, trials=())
         return
-    if told["greater_is_better"] != upward and "pruned" in states:
+    if found.greater_is_better != upward and "pruned" in states:
         other, this = ("less", "more") if upward else ("more", "less")
         raise MethodError(
             f"{folder} holds trials that were pruned because {other} of {metric!r} was better, and in this call {this} "
             "is: give another out."
         )
-    study = optuna.load_study(study_name=STUDY, storage=storage(folder))
     if study.direction.name.lower() != _direction(upward):  # Optuna would load it as it is
-        _replace(optuna, folder, upward, trials=study.get_trials())
+        _replace(optuna, folder, study, upward, trials=study.get_trials())
         logger.info("%s: from now on %s of %s is better.", folder, "more" if upward else "less", metric)
 
 
-def _replace(optuna: Any, folder: Path, upward: bool, trials: Sequence[Any]) -> None:
+def _replace(optuna: Any, folder: Path, old: Any, upward: bool, trials: Sequence[Any]) -> None:
     """Put another study with the old one's attributes in its place; a kill leaves the one or the other."""
-    told: Mapping[str, Any] = optuna.load_study(study_name=STUDY, storage=storage(folder)).user_attrs
     scratch = f".{STORAGE}.tmp"
     (folder / scratch).unlink(missing_ok=True)
     kept = optuna.storages.RDBStorage(storage(folder, scratch))
     study = optuna.create_study(study_name=STUDY, storage=kept, direction=_direction(upward))
     study.add_trials(trials)
-    for name, value in told.items():
+    for name, value in old.user_attrs.items():
         study.set_user_attr(name, value)
     kept.remove_session()
     kept.engine.dispose()

@@ -335,37 +335,44 @@ def test_runs_of_a_study_that_was_thrown_away_are_not_taken_for_new_ones(away: s
     assert found.trials[0].values == (2 + now, 2 + now)
 
 
-def test_finished_runs_are_judged_by_the_metric_that_the_next_call_names(tmp_path: Path) -> None:
-    calls: list[int] = []
+class CutOff:
+    """Breaks off in its third call, as Ctrl-C does.
 
-    def factory(seeds: Seeds, *, x: float) -> Any:
-        calls.append(seeds.number)
-        if len(calls) == 3:
+    Attributes:
+        calls: number of each run.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+
+    def __call__(self, seeds: Seeds, *, x: float) -> Any:
+        self.calls.append(seeds.number)
+        if len(self.calls) == 3:
             raise KeyboardInterrupt
         return Scripted([x**2 + seeds.number], eval_f1=seeds.number / 10)
 
+
+def cut_off_in_the_third_run(folder: Path) -> CutOff:
+    """The factory of a search for one trial of three runs, of which two are made."""
+    factory = CutOff()
     with pytest.raises(KeyboardInterrupt):
-        search(factory, X, 1, seeds=3, out=tmp_path)
+        search(factory, X, 1, seeds=3, out=folder)
+    return factory
+
+
+def test_finished_runs_are_judged_by_the_metric_that_the_next_call_names(tmp_path: Path) -> None:
+    factory = cut_off_in_the_third_run(tmp_path)
     found = search(factory, X, 1, seeds=3, metric="f1", out=tmp_path)
-    assert calls == [0, 1, 2, 2]
+    assert factory.calls == [0, 1, 2, 2]
     assert found.trials[0].values == (0.0, 0.1, 0.2)
 
 
 def test_a_call_that_is_refused_leaves_the_study_as_it_was(tmp_path: Path) -> None:
-    calls: list[int] = []
-
-    def factory(seeds: Seeds, *, x: float) -> Any:
-        calls.append(seeds.number)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return Scripted([x**2 + seeds.number], eval_f1=seeds.number / 10)
-
-    with pytest.raises(KeyboardInterrupt):
-        search(factory, X, 1, seeds=3, out=tmp_path)
+    factory = cut_off_in_the_third_run(tmp_path)
     with pytest.raises(MethodError, match="holds runs with seeds=3, this call has 4"):
         search(factory, X, 1, metric="f1", seeds=4, out=tmp_path)
     assert search(factory, X, 1, seeds=3, out=tmp_path).trials[0].state == "complete"
-    assert calls == [0, 1, 2, 2]
+    assert factory.calls == [0, 1, 2, 2]
 
 
 def test_a_call_that_was_killed_before_its_study_began_is_no_obstacle(tmp_path: Path) -> None:
